@@ -1,0 +1,86 @@
+# Every target that needs the virtual environment makes it first: a fresh clone wants no other step.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+SCENES ?= ../shared/scenes
+LOAD_RATE ?= 1
+LOAD_DURATION ?= 30
+
+# No usage reports, and no request to a model hub, from anything that is started here.
+export BENTOML_DO_NOT_TRACK := True
+export HF_HUB_OFFLINE := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help install check test test-gpu test-slow demo serve bench bench-load nano nano-report \
+	adapt-report targets lock clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(STAMP) ## create .venv and install the project into it
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "Python 3.11 or newer is needed, and $(PYTHON) is $$($(PYTHON) --version);" \
+			"name another: make PYTHON=python3.11"; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { \
+		echo "$(PYTHON) cannot make a virtual environment; on Debian: apt install python3-venv"; \
+		exit 2; }
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	@touch $@
+
+check: $(STAMP) ## lint, format, types, import rules, forbidden packages
+	@! $(BIN)/python -m pip freeze | grep -iE '^(torchvision|kernels)==' || { \
+		echo "These must not be installed: torchvision breaks beside a CPU torch, and kernels" \
+			"takes the name of our package. Remove them: $(BIN)/pip uninstall torchvision kernels"; \
+		exit 1; }
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: $(STAMP) ## run the tests, without the slow ones and those that need a GPU
+	$(BIN)/python -m pytest
+
+# Status 5 says that no test carries the marker.
+test-slow: $(STAMP) ## run the tests that take more than a minute
+	$(BIN)/python -m pytest -m "slow and not gpu" || [ $$? -eq 5 ]
+
+test-gpu: $(STAMP) ## run the tests that need an NVIDIA GPU
+	$(BIN)/python -m pytest -m gpu || [ $$? -eq 5 ]
+
+demo: $(STAMP) ## train two scenes on photographs, serve them, complete over HTTP, write demo-out/
+	$(BIN)/realfill demo
+
+serve: $(STAMP) ## serve the registry in ./realfill-registry (or REALFILL_REGISTRY) on 127.0.0.1:3000
+	$(BIN)/realfill serve
+
+bench: $(STAMP) ## measure swap, engine and service on this machine, and record the rows
+	$(BIN)/python -m benchmarks.engine
+
+bench-load: $(STAMP) ## 30 s of open-loop load on the demo scenes, into load-out/
+	$(BIN)/python -m benchmarks.load.local --demo-command "$(BIN)/realfill demo" \
+		--serve-command "$(BIN)/realfill serve" --rate $(LOAD_RATE) --duration $(LOAD_DURATION)
+
+nano: $(STAMP) ## train the embedded base and matcher from nothing (hours on a CPU)
+	$(BIN)/realfill pretrain
+
+nano-report: $(STAMP) ## measure nano on images that it never saw
+	$(BIN)/python -m benchmarks.quality.nano_report --scenes $(SCENES)
+
+adapt-report: $(STAMP) ## adapt the demo and the shared scenes, and compare with the base alone
+	$(BIN)/python -m benchmarks.quality.adapt_report --scenes $(SCENES)
+
+targets: $(STAMP) ## print the targets that are missed or not yet measured
+	@$(BIN)/python -m benchmarks.record targets
+
+lock: $(STAMP) ## pin what is installed: constraints.txt and requirements.txt
+	$(BIN)/python .ci/lock.py
+
+clean: ## remove what commands wrote, except .venv and registries
+	rm -rf build dist demo-out load-out .mypy_cache .ruff_cache .pytest_cache .hypothesis \
+		.import_linter_cache *.egg-info
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""Measurements of the project; ``record.py`` keeps their rows."""

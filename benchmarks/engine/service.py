@@ -1,0 +1,133 @@
+"""What the service adds to the engine: a request against the same job without it."""
+
+from __future__ import annotations
+
+import io
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from benchmarks.engine.adapters import random_capsule
+from benchmarks.load.local import free_port, serving
+from realfill.base import Base
+from realfill.capsule import read_capsule
+from realfill.complete.compositing import crop, crop_mask, window_of
+from realfill.nano.photographs import photograph
+from registry import Registry
+from service.client import Client
+from service.engine import Engine, Job
+
+SCENE = "bench"
+PEER = "the same job (1 candidate, 1 step) on the engine, without HTTP, images and ranking"
+SERVE = "from service.cli import serve; serve()"
+
+
+@dataclass(frozen=True)
+class Overhead:
+    """Seconds of every request, and of the same job straight on the engine, in turns."""
+
+    request_s: list[float]
+    engine_s: list[float]
+
+
+def measure_overhead(
+    base: Base, base_name: str, folder: Path, *, requests: int, rank: int, start_s: float = 180.0
+) -> dict[str, Overhead]:
+    """Start the real server on a scene of random weights, and time requests to it.
+
+    The server does not rank here: ranking has rows of its own.
+
+    Args:
+        base: The base, as the server will load it by ``base_name`` and from its own settings.
+        base_name: Name or folder of it.
+        folder: For the registry and the server's log.
+        requests: Timed requests per image size, after three that warm up.
+        rank: Of the adapter.
+        start_s: Longest to wait for the server.
+
+    Returns:
+        By image: ``square`` of the base's size, and ``photo`` of 741x497 pixels.
+    """
+    capsule = random_capsule(base, SCENE, rank=rank, seed=0)
+    registry = Registry.open(folder / "registry")
+    digest = registry.publish(capsule).digest
+    registry.close()
+    port = free_port()
+    words = [sys.executable, "-c", SERVE, "--registry", str(folder / "registry")]
+    words += ["--port", str(port), "--base", base_name, "--device", base.device.type]
+    words += ["--matcher", "none"]
+    url = f"http://127.0.0.1:{port}"
+    photo = torch.tensor(photograph("motorcycle_right.png")).permute(2, 0, 1) / 255
+    square = crop(photo, window_of(_hole(photo), base.size_px), base.size_px)
+    overheads = {}
+    with (
+        serving(words, url, log=folder / "server.log", start_s=start_s),
+        Client(url) as client,
+        Engine(base) as engine,
+    ):
+        for name, picture in (("square", square), ("photo", photo)):
+            request = _request(client, picture)
+            direct = _direct(engine, _job(base, capsule, digest, picture))
+            overheads[name] = _in_turns(request, direct, requests)
+    return overheads
+
+
+def _in_turns(
+    request: Callable[[], object], direct: Callable[[], object], repeats: int
+) -> Overhead:
+    """Alternate, so that whatever else the machine does meets both alike."""
+    overhead = Overhead([], [])
+    for turn in range(-3, repeats):
+        for work, seconds in ((request, overhead.request_s), (direct, overhead.engine_s)):
+            began = time.perf_counter()
+            work()
+            if turn >= 0:
+                seconds.append(time.perf_counter() - began)
+    return overhead
+
+
+def _hole(picture: Tensor) -> Tensor:
+    """The middle of a picture as a mask. [H, W]"""
+    height, width = picture.shape[-2:]
+    mask = torch.zeros(height, width)
+    mask[height // 3 : -height // 3, width // 3 : -width // 3] = 1
+    return mask
+
+
+def _job(base: Base, capsule: bytes, digest: str, picture: Tensor) -> Job:
+    read, mask = read_capsule(capsule, base), _hole(picture)
+    window = window_of(mask, base.size_px)
+    return Job(
+        digest=digest,
+        adapter=read.adapter,
+        prompt_embedding=read.prompt_embedding,
+        target=crop(picture, window, base.size_px),
+        mask=crop_mask(mask, window, base.size_px),
+        seeds=(0,),
+        steps=1,
+        sampler="dpm++2m",
+    )
+
+
+def _direct(engine: Engine, job: Job) -> Callable[[], object]:
+    return lambda: engine.submit(job).result()
+
+
+def _request(client: Client, picture: Tensor) -> Callable[[], object]:
+    image, mask = _png(picture), _png(_hole(picture).expand(3, -1, -1))
+    fields = {"candidates": 1, "steps": 1, "seed": 0, "top": 1}
+    return lambda: client.complete(SCENE, image, mask, **fields)
+
+
+def _png(pixels: Tensor) -> bytes:
+    file = io.BytesIO()
+    rounded = (pixels * 255).round().permute(1, 2, 0).numpy().astype(np.uint8)
+    Image.fromarray(rounded).save(file, "PNG")
+    return file.getvalue()

@@ -1,0 +1,53 @@
+"""Repeated timing, and its quantiles."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+
+def seconds_of(work: Callable[[], object], device: torch.device) -> float:
+    """How long one call takes, the device's work included."""
+    _finish(device)
+    began = time.perf_counter()
+    work()
+    _finish(device)
+    return time.perf_counter() - began
+
+
+def repeated(
+    work: Callable[[], object],
+    repeats: int,
+    device: torch.device,
+    *,
+    warm_up: int = 2,
+    after: Callable[[], object] | None = None,
+) -> list[float]:
+    """Seconds of each of several calls.
+
+    Args:
+        work: What to time.
+        repeats: Calls that count.
+        device: To wait for before the clock is read.
+        warm_up: Calls before those.
+        after: Called after each call, off the clock.
+    """
+    seconds = []
+    for _ in range(warm_up + repeats):
+        seconds.append(seconds_of(work, device))
+        if after is not None:
+            after()
+    return seconds[warm_up:]
+
+
+def quantile(seconds: Sequence[float], percent: float) -> float:
+    """A percentile of the timings, in seconds."""
+    return float(np.percentile(seconds, percent))
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

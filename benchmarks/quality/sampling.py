@@ -1,0 +1,65 @@
+"""Candidates of a base, alone or with a scene's capsule, on a square at the base's own size."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from realfill.base import PROMPT
+from realfill.capsule import read_capsule
+from realfill.complete.compositing import composite
+from service.engine import Job, Runner
+
+SAMPLER = "dpm++2m"
+STEPS = 20
+
+
+def feather_of(size_px: int) -> int:
+    """A narrow blend: 2 of 128 pixels."""
+    return max(1, size_px // 64)
+
+
+def device_name(device: str) -> str:
+    """What a row calls the device of this name."""
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu"
+
+
+def candidates(
+    runner: Runner,
+    target: Tensor,
+    mask: Tensor,
+    seeds: Sequence[int],
+    *,
+    capsule: bytes | None = None,
+    steps: int = STEPS,
+) -> Tensor:
+    """Sample every seed and composite it over the target.
+
+    Args:
+        runner: The base and its lane's work.
+        target: Image to complete, in [0, 1]. [3, S, S]
+        mask: 1 where pixels are missing, else 0. [S, S]
+        seeds: One candidate for each.
+        capsule: Adapter and prompt of a scene; without it the base is alone with the same prompt.
+        steps: U-Net calls per candidate, by DPM-Solver++ 2M.
+
+    Returns:
+        Candidates on the CPU. [N, 3, S, S]
+    """
+    base = runner.base
+    read = None if capsule is None else read_capsule(capsule, base)
+    job = Job(
+        digest=None if capsule is None else hashlib.sha256(capsule).hexdigest(),
+        adapter=None if read is None else read.adapter,
+        prompt_embedding=base.embed(PROMPT).detach() if read is None else read.prompt_embedding,
+        target=target,
+        mask=mask,
+        seeds=tuple(seeds),
+        steps=steps,
+        sampler=SAMPLER,
+    )
+    samples = runner.run(job).samples.float().cpu()
+    return composite(samples, target, mask, feather_px=feather_of(base.size_px))

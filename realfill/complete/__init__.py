@@ -1,0 +1,1 @@
+"""From adapter to candidates: samplers, compositing and the reference road."""

@@ -1,0 +1,259 @@
+"""Compositing: what sampling put into the hole goes over the target, and nothing else changes.
+
+The model sees a square window of the target at its own resolution; the candidates come back at the
+target's resolution. Beyond the feather a candidate is bit-identical to the target.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from realfill.errors import InvalidScene
+from realfill.masks import dilate
+
+# Known pixels around the hole that the colour fit looks at, and the gains it may answer with.
+RING_PX = 16
+GAIN_BOUNDS = (0.5, 2.0)
+
+
+@dataclass(frozen=True)
+class Window:
+    """A square of the target, in its pixels; it may reach beyond the image."""
+
+    top: int
+    left: int
+    side: int
+
+
+def composite(
+    samples: Tensor,
+    target: Tensor,
+    mask: Tensor,
+    *,
+    feather_px: int,
+    match_colour: bool = False,
+) -> Tensor:
+    """Paste the filled region of each sample over the target.
+
+    Args:
+        samples: Decoded images in [0, 1]. [N, 3, H, W]
+        target: Image to complete, in [0, 1]. [3, H, W]
+        mask: 1 where pixels are missing, else 0. [H, W]
+        feather_px: Width of the blend around the mask, on the known side only.
+        match_colour: Fit a gain and a bias per channel to the known pixels around the hole first.
+
+    Returns:
+        Candidates, equal to the target beyond the feather. [N, 3, H, W]
+
+    Raises:
+        InvalidScene: Sizes differ, the mask is empty, or the feather is negative.
+
+    Source: RealFill, arXiv:2309.16668.
+    """
+    if samples.shape[1:] != target.shape or target.shape[-2:] != mask.shape:
+        raise InvalidScene(
+            f"Samples {list(samples.shape)}, target {list(target.shape)} and mask"
+            f" {list(mask.shape)} differ in size: bring them to one height and width."
+        )
+    if feather_px < 0:
+        raise InvalidScene(f"The feather is {feather_px} px wide: give 0 or more.")
+    if not mask.any():
+        raise InvalidScene("The mask is empty, so there is nothing to fill: mark the hole with 1.")
+    if match_colour:
+        samples = _match_colour(samples, target, mask)
+    alpha = _alpha(mask, feather_px)
+    # Selecting, not only weighting, keeps known pixels even where a sample is not finite.
+    return torch.where(alpha > 0, torch.lerp(target, samples, alpha), target)
+
+
+def _alpha(mask: Tensor, feather_px: int) -> Tensor:
+    """Weight of the sample: 1 on the hole and one pixel around it, 0 beyond the feather. [H, W]"""
+    alpha = mask
+    grown = mask
+    # The mean of the masks grown by 1..feather_px falls linearly with the distance to the hole.
+    for count in range(1, feather_px + 1):
+        grown = dilate(grown, 1)
+        alpha = grown if count == 1 else alpha + grown
+    return alpha / max(1, feather_px)
+
+
+def _match_colour(samples: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+    """Least-squares gain and bias per sample and channel, fit on the ring of known pixels."""
+    ring = (dilate(mask, RING_PX) - mask).bool()
+    if not ring.any():
+        return samples
+    seen, wanted = samples[..., ring], target[..., ring]  # [N, 3, pixels], [3, pixels]
+    seen_mean, wanted_mean = seen.mean(-1, keepdim=True), wanted.mean(-1, keepdim=True)
+    covariance = ((seen - seen_mean) * (wanted - wanted_mean)).mean(-1, keepdim=True)
+    variance = (seen - seen_mean).square().mean(-1, keepdim=True)
+    # A flat ring says nothing about the gain: shift only.
+    gain = torch.where(variance > 1e-4, covariance / variance.clamp(min=1e-4), 1.0)
+    gain = gain.clamp(*GAIN_BOUNDS)
+    shifted = (samples - seen_mean[..., None]) * gain[..., None] + wanted_mean[..., None]
+    return shifted.clamp(0, 1)
+
+
+def window_of(mask: Tensor, size_px: int) -> Window:
+    """Choose the square that the model sees: the hole with as much context as possible.
+
+    The side is the image's short side, as in training, or what the hole with a rim of context
+    needs, but never more than the long side. The window stays inside the image where it fits.
+
+    Args:
+        mask: 1 where pixels are missing, else 0. [H, W]
+        size_px: Resolution of the base; the rim is at least an eighth of it, at most 16 px of it.
+
+    Raises:
+        InvalidScene: The mask is empty.
+    """
+    if not mask.any():
+        raise InvalidScene("The mask is empty, so there is nothing to fill: mark the hole with 1.")
+    rows, columns = _extent(mask.any(dim=1)), _extent(mask.any(dim=0))
+    hole = max(rows[1] - rows[0], columns[1] - columns[0])
+    rim = min(16, size_px // 8)
+    with_rim = -(-hole * size_px // (size_px - 2 * rim))  # rounded up
+    height, width = mask.shape
+    side = min(max(height, width), max(min(height, width), with_rim))
+    return Window(_start(rows, side, height), _start(columns, side, width), side)
+
+
+def _extent(line: Tensor) -> tuple[int, int]:
+    """First and one past the last true element. [L]"""
+    places = line.nonzero()
+    return int(places[0]), int(places[-1]) + 1
+
+
+def _start(extent: tuple[int, int], side: int, length: int) -> int:
+    """Where `side` pixels begin that are centred on `extent` and, if they can, stay inside."""
+    if side >= length:
+        return -((side - length) // 2)
+    return min(max((sum(extent) - side) // 2, 0), length - side)
+
+
+def crop(image: Tensor, window: Window, size_px: int) -> Tensor:
+    """Cut the window out of an image and resize it, antialiased.
+
+    Beyond the image its border pixels repeat; `crop_mask` calls them missing.
+
+    Args:
+        image: Pixels in [0, 1]. [3, H, W]
+        window: What to cut out.
+        size_px: Side of the answer.
+
+    Returns:
+        Pixels in [0, 1]. [3, size_px, size_px]
+    """
+    rows, columns = _lines(image, window)
+    height, width = image.shape[-2:]
+    cut = image[:, rows.clamp(0, height - 1)][:, :, columns.clamp(0, width - 1)]
+    return _shrink(cut.unsqueeze(0), size_px)[0].clamp(0, 1)
+
+
+def crop_mask(mask: Tensor, window: Window, size_px: int) -> Tensor:
+    """Cut the window out of a mask and resize it so that no missing pixel counts as known.
+
+    A pixel of the answer is missing if a missing pixel, or one beyond the image, has any weight in
+    the same pixel of `crop`: nothing of the hole's old content leaks into the known region.
+
+    Args:
+        mask: 1 where pixels are missing, else 0. [H, W]
+        window: What to cut out.
+        size_px: Side of the answer.
+
+    Returns:
+        Mask of zeros and ones. [size_px, size_px]
+    """
+    rows, columns = _lines(mask, window)
+    height, width = mask.shape
+    cut = mask[rows.clamp(0, height - 1)][:, columns.clamp(0, width - 1)].clone()
+    cut[(rows < 0) | (rows >= height)] = 1
+    cut[:, (columns < 0) | (columns >= width)] = 1
+    return (_shrink(cut[None, None], size_px)[0, 0] > 0).float()
+
+
+def _lines(image: Tensor, window: Window) -> tuple[Tensor, Tensor]:
+    """Row and column numbers of the window, some perhaps beyond the image."""
+    line = torch.arange(window.side, device=image.device)
+    return line + window.top, line + window.left
+
+
+def _shrink(planes: Tensor, size_px: int) -> Tensor:
+    """Antialiased bilinear resize: its weights are never negative. [N, C, size_px, size_px]"""
+    return F.interpolate(planes, (size_px, size_px), mode="bilinear", antialias=True)
+
+
+def paste(
+    samples: Tensor,
+    window: Window,
+    target: Tensor,
+    mask: Tensor,
+    feather_px: int,
+    *,
+    match_colour: bool = False,
+) -> Tensor:
+    """Bring samples of a window back to the target's own resolution and composite them there.
+
+    Args:
+        samples: Decoded images of the window, in [0, 1]. [N, 3, S, S]
+        window: Where they belong; it covers the hole.
+        target: Image to complete, in [0, 1]. [3, H, W]
+        mask: 1 where pixels are missing, else 0. [H, W]
+        feather_px: Width of the blend in pixels of the target; narrower where the window ends.
+        match_colour: As in `composite`.
+
+    Returns:
+        Candidates, equal to the target beyond the feather. [N, 3, H, W]
+
+    Raises:
+        InvalidScene: The mask is empty or the window does not cover the hole.
+    """
+    if not mask.any():
+        raise InvalidScene("The mask is empty, so there is nothing to fill: mark the hole with 1.")
+    height, width = mask.shape
+    # The colour fit needs its ring, the blend its feather; nothing further out is touched.
+    pad = max(feather_px, RING_PX if match_colour else 0)
+    top, bottom, room_down = _span(_extent(mask.any(dim=1)), window.top, window.side, height, pad)
+    left, right, room_across = _span(_extent(mask.any(dim=0)), window.left, window.side, width, pad)
+    native = _resize_samples(samples, window.side)
+    native = native[..., top - window.top : bottom - window.top, :]
+    native = native[..., left - window.left : right - window.left]
+    candidates = target.expand(len(samples), -1, -1, -1).clone()
+    candidates[..., top:bottom, left:right] = composite(
+        native,
+        target[:, top:bottom, left:right],
+        mask[top:bottom, left:right],
+        feather_px=min(feather_px, room_down, room_across),
+        match_colour=match_colour,
+    )
+    return candidates
+
+
+def _resize_samples(samples: Tensor, side: int) -> Tensor:
+    """Antialiased bicubic resize, back within [0, 1]. [N, 3, side, side]"""
+    if samples.shape[-1] == side:
+        return samples
+    resized = F.interpolate(samples, (side, side), mode="bicubic", antialias=True)
+    return resized.clamp(0, 1)
+
+
+def _span(
+    hole: tuple[int, int], start: int, side: int, length: int, pad: int
+) -> tuple[int, int, int]:
+    """Along one axis: begin and end of what is pasted, and the known pixels the feather may use.
+
+    A feather that a window's edge cuts off inside the image would be a seam; at the image's own
+    border there is nothing to blend with, so the room there is unlimited.
+    """
+    low, high = max(start, 0), min(start + side, length)
+    if hole[0] < low or hole[1] > high:
+        raise InvalidScene(
+            f"The window covers pixels {low} to {high} of {length}, the hole {hole[0]} to"
+            f" {hole[1]}: take the window from window_of(mask, size_px)."
+        )
+    room_before = hole[0] - low if low > 0 else length
+    room_after = high - hole[1] if high < length else length
+    return max(low, hole[0] - pad), min(high, hole[1] + pad), min(room_before, room_after)

@@ -1,0 +1,126 @@
+"""How a scene is trained: the presets, and the digest that names a configuration."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal
+
+LoraDropout = Literal["layer", "element", "all"]
+MAX_RANK = 128
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Everything that decides what an adapter becomes, besides the photographs and the base.
+
+    The defaults are the paper's. Checked on construction; ``digest`` names the whole.
+
+    Attributes:
+        steps: Optimiser steps.
+        batch: Samples per step, drawn with replacement from references and target.
+        rank: Rank R of the factors; the adapter is scaled by alpha / rank.
+        rate_unet: Learning rate of the U-Net's factors.
+        rate_text: Learning rate of the text encoder's factors; 0 leaves it as it is.
+        decay_rate: Whether the rates fall to a tenth along a half cosine.
+        prompt_dropout: Probability that the prompt becomes the empty one.
+        mask_dropout: Probability that everything is missing.
+        lora_dropout: Probability of ``lora_drop_mode``.
+        lora_drop_mode: Drop whole layers' branches, elements of their inputs, or all branches.
+        zoom: Crops show a window of 1 / ``zoom`` of the short side up to all of it.
+        pool: Pictures encoded once before training; 0 encodes fresh ones at every step.
+        probe_every: Steps between two readings of the fixed probe; 0 for none.
+        seed: Start of every random draw.
+    """
+
+    preset: str = "paper"
+    steps: int = 2000
+    batch: int = 16
+    rank: int = 8
+    alpha: float = 16.0
+    rate_unet: float = 2e-4
+    rate_text: float = 4e-5
+    decay_rate: bool = False
+    weight_decay: float = 1e-2
+    clip_norm: float = 1.0
+    prompt_dropout: float = 0.1
+    mask_dropout: float = 0.1
+    lora_dropout: float = 0.1
+    lora_drop_mode: LoraDropout = "layer"
+    zoom: float = 1.125
+    pool: int = 0
+    probe_every: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "rank"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        _require(self.rank <= MAX_RANK, "rank", self.rank, f"at most {MAX_RANK}")
+        for name in ("prompt_dropout", "mask_dropout", "lora_dropout"):
+            _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
+        for name in ("rate_unet", "alpha", "clip_norm"):
+            _require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
+        _require(self.rate_text >= 0, "rate_text", self.rate_text, "0 or more")
+        _require(self.zoom >= 1, "zoom", self.zoom, "1 or more")
+        _require(self.pool >= 0, "pool", self.pool, "0 or more")
+        modes = ("layer", "element", "all")
+        _require(
+            self.lora_drop_mode in modes, "lora_drop_mode", self.lora_drop_mode, f"one of {modes}"
+        )
+
+    @property
+    def scale(self) -> float:
+        """Factor of ``B @ A`` when the adapter is fused."""
+        return self.alpha / self.rank
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the configuration's canonical JSON. 64 hex digits."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+
+
+def _require(holds: bool, name: str, value: object, bound: str) -> None:
+    if not holds:
+        raise ValueError(f"Training option {name} is {value!r}: it must be {bound}.")
+
+
+PRESETS: dict[str, TrainingConfig] = {
+    "paper": TrainingConfig(),
+    "balanced": TrainingConfig(
+        preset="balanced", steps=600, pool=512, decay_rate=True, probe_every=50
+    ),
+    "fast": TrainingConfig(
+        preset="fast", steps=200, pool=256, rate_unet=5e-4, decay_rate=True, probe_every=50
+    ),
+    "demo": TrainingConfig(
+        preset="demo",
+        steps=220,
+        batch=16,
+        rank=32,
+        alpha=32.0,
+        rate_unet=2e-3,
+        rate_text=1e-3,
+        decay_rate=True,
+        lora_dropout=0.05,
+        pool=160,
+        probe_every=55,
+    ),
+}
+
+
+def preset(name: str, **changes: Any) -> TrainingConfig:
+    """A preset with some of its values changed.
+
+    Raises:
+        ValueError: The preset or a value's name is unknown, or a value is out of its range.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"No preset {name!r}: choose one of {', '.join(PRESETS)}.")
+    known = {f.name for f in fields(TrainingConfig)}
+    unknown = sorted(set(changes) - known)
+    if unknown:
+        raise ValueError(
+            f"Unknown training option {unknown[0]!r}: choose from {', '.join(sorted(known))}."
+        )
+    return replace(PRESETS[name], **changes)

@@ -1,0 +1,86 @@
+"""Masks: 1 where pixels are missing, 0 in the known region."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from realfill.errors import InvalidScene
+
+MAX_RECTANGLES = 29
+SIDE_SHARE = (0.03, 0.25)
+MARGIN_SHARE = 0.01
+
+
+def random_mask(generator: torch.Generator, size_px: int) -> Tensor:
+    """Draw a training mask: several rectangles, either their union or all but their union.
+
+    Between 1 and 29 rectangles have sides of 3 to 25 % of the image and stay 1 % (at least one
+    pixel) clear of its border, so a mask is never empty and never full.
+
+    Args:
+        generator: Source of every draw; the mask lies on its device.
+        size_px: Side of the square mask, at least 8.
+
+    Returns:
+        Mask of zeros and ones. [size_px, size_px]
+
+    Source: RealFill, arXiv:2309.16668, after LaMa, arXiv:2109.07161.
+    """
+    device = generator.device
+    count = int(torch.randint(1, MAX_RECTANGLES + 1, (1,), generator=generator, device=device))
+    shares = torch.rand(4, count, 1, generator=generator, device=device)
+    complement = torch.rand(1, generator=generator, device=device) < 0.5
+
+    low, high = (max(1, round(share * size_px)) for share in SIDE_SHARE)
+    margin = max(1, round(MARGIN_SHARE * size_px))
+    sides = low + (shares[:2] * (high - low + 1)).floor()  # [2, count, 1]
+    starts = margin + (shares[2:] * (size_px - 2 * margin - sides + 1)).floor()
+
+    line = torch.arange(size_px, device=device)
+    inside = (line >= starts) & (line < starts + sides)  # [2, count, size_px]
+    union = (inside[0].unsqueeze(2) & inside[1].unsqueeze(1)).any(dim=0)
+    return (union ^ complement).float()
+
+
+def dilate(mask: Tensor, px: int) -> Tensor:
+    """Grow the missing region by a square of `px` pixels to every side.
+
+    Args:
+        mask: 1 where pixels are missing, else 0. [..., H, W]
+        px: How far to grow, 0 or more.
+
+    Returns:
+        The grown mask. [..., H, W]
+    """
+    if px == 0:
+        return mask.clone()
+    planes = mask.reshape(-1, 1, *mask.shape[-2:])
+    # A square is two lines: far cheaper than one large window.
+    planes = F.max_pool2d(planes, (2 * px + 1, 1), stride=1, padding=(px, 0))
+    planes = F.max_pool2d(planes, (1, 2 * px + 1), stride=1, padding=(0, px))
+    return planes.reshape(mask.shape)
+
+
+def latent_mask(mask: Tensor, cell_px: int) -> Tensor:
+    """Reduce a mask to latent cells: one missing pixel makes the whole cell missing.
+
+    Args:
+        mask: 1 where pixels are missing, else 0. [..., H, W]
+        cell_px: Pixels along one latent cell.
+
+    Returns:
+        Mask over latent cells. [..., h, w]
+
+    Raises:
+        InvalidScene: The size is no multiple of the cell.
+    """
+    height, width = mask.shape[-2:]
+    if height % cell_px or width % cell_px:
+        raise InvalidScene(
+            f"The mask is {width}x{height} pixels, which latent cells of {cell_px} pixels do not"
+            f" tile: crop or resize it to a multiple of {cell_px}."
+        )
+    planes = F.max_pool2d(mask.reshape(-1, 1, height, width), cell_px)
+    return planes.reshape(*mask.shape[:-2], height // cell_px, width // cell_px)

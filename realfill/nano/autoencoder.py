@@ -1,0 +1,157 @@
+"""Nano's autoencoder: pictures to latents of 20 channels at an eighth of the size, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderDC
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from realfill.nano.photographs import photograph
+from realfill.nano.pool import POOL_PX
+from realfill.nano.stage import Step, learning_rate
+
+LATENT_CHANNELS = 20
+
+
+def new_autoencoder() -> AutoencoderDC:
+    """A deep-compression autoencoder: 8 px to a cell, no norm across pixels, no attention."""
+    widths, depths = (32, 32, 64, 128), (0, 1, 2, 3)
+    return AutoencoderDC(
+        latent_channels=LATENT_CHANNELS,
+        attention_head_dim=32,
+        encoder_block_types="ResBlock",
+        decoder_block_types="ResBlock",
+        encoder_block_out_channels=widths,
+        decoder_block_out_channels=widths,
+        encoder_layers_per_block=depths,
+        decoder_layers_per_block=depths,
+        encoder_qkv_multiscales=((),) * 4,
+        decoder_qkv_multiscales=((),) * 4,
+        downsample_block_type="pixel_unshuffle",
+        upsample_block_type="pixel_shuffle",
+        encoder_out_shortcut=False,
+        decoder_in_shortcut=False,
+        scaling_factor=1.0,
+    )
+
+
+def _crops(pictures: NDArray[np.uint8], count: int, side: int, rng: np.random.Generator) -> Tensor:
+    """Random crops in [-1, 1], flipped and tinted. [count, 3, side, side]"""
+    out = np.empty((count, side, side, 3), np.uint8)
+    for k in range(count):
+        picture = pictures[rng.integers(len(pictures))]
+        y, x = rng.integers(0, POOL_PX - side + 1, 2)
+        crop = picture[y : y + side, x : x + side]
+        crop = crop[:, ::-1] if rng.random() < 0.5 else crop
+        out[k] = crop.transpose(1, 0, 2) if rng.random() < 0.25 else crop
+    pixels = torch.from_numpy(out).permute(0, 3, 1, 2).float() / 127.5 - 1
+    gain = torch.from_numpy(rng.uniform(0.8, 1.15, (count, 3, 1, 1)).astype(np.float32))
+    return ((pixels + 1) * gain - 1).clamp(-1, 1).contiguous(memory_format=torch.channels_last)
+
+
+def _reconstruction_loss(decoded: Tensor, pixels: Tensor) -> Tensor:
+    """Squared error, and absolute error of the fine structure so that edges stay sharp."""
+    error = decoded.float() - pixels
+    across, down = error.diff(dim=3).abs().mean(), error.diff(dim=2).abs().mean()
+    return error.square().mean() + 0.02 * error.abs().mean() + 0.05 * (across + down)
+
+
+def train_autoencoder(
+    autoencoder: AutoencoderDC,
+    pictures: NDArray[np.uint8],
+    checkpoint: Path,
+    *,
+    steps: int,
+    seed: int,
+    device: torch.device,
+    decoder_only: bool = False,
+) -> Iterator[Step]:
+    """Fit the autoencoder (or its decoder alone) to random crops; resumes from ``checkpoint``."""
+    stage = "decoder" if decoder_only else "autoencoder"
+    parameters = list((autoencoder.decoder if decoder_only else autoencoder).parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.99), weight_decay=1e-3)
+    autoencoder.to(device, memory_format=torch.channels_last).train()
+    begin = _resume(checkpoint, autoencoder, optimizer)
+    running = 0.0
+    for step in range(begin, steps):
+        rng = np.random.default_rng((seed, 2 + decoder_only, step))
+        generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+        pixels = _crops(pictures, 32, 64, rng).to(device)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps, 5e-4 if decoder_only else 1.5e-3)
+        with torch.autocast(device.type, torch.bfloat16):
+            with torch.set_grad_enabled(not decoder_only):
+                latents = autoencoder.encode(pixels).latent
+            # The denoiser will miss by a little: the decoder must forgive it.
+            noise = torch.randn(latents.shape, generator=generator).to(device)
+            decoded = autoencoder.decode(latents + 0.05 * noise).sample
+        loss = _reconstruction_loss(decoded, pixels) + 1e-3 * latents.float().square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        running = 0.98 * running + 0.02 * loss.item() if running else loss.item()
+        if (step + 1) % 250 == 0 or step + 1 == steps:
+            _keep(checkpoint, autoencoder, optimizer, step + 1)
+        yield Step(stage, step + 1, steps, running)
+
+
+@torch.no_grad()
+def whiten(autoencoder: AutoencoderDC, pictures: NDArray[np.uint8], *, seed: int) -> None:
+    """Give every latent channel zero mean and unit deviation, within the weights at its ends."""
+    rng = np.random.default_rng((seed, 5))
+    latents = torch.cat(
+        [autoencoder.encode(_crops(pictures, 32, 128, rng)).latent for _ in range(8)]
+    )
+    mean, deviation = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
+    last, first = autoencoder.encoder.conv_out, autoencoder.decoder.conv_in
+    last.weight /= deviation[:, None, None, None]
+    last.bias.copy_((last.bias - mean) / deviation)
+    first.bias += (first.weight * mean[None, :, None, None]).sum((1, 2, 3))
+    first.weight *= deviation[None, :, None, None]
+
+
+def _keep(
+    checkpoint: Path, module: torch.nn.Module, optimizer: torch.optim.Optimizer, step: int
+) -> None:
+    checkpoint.parent.mkdir(parents=True, exist_ok=True)
+    draft = checkpoint.with_suffix(".part")
+    torch.save(
+        {"step": step, "module": module.state_dict(), "optimizer": optimizer.state_dict()}, draft
+    )
+    draft.replace(checkpoint)
+
+
+def _resume(checkpoint: Path, module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    if not checkpoint.exists():
+        return 0
+    kept = torch.load(checkpoint, weights_only=True)
+    module.load_state_dict(kept["module"])
+    optimizer.load_state_dict(kept["optimizer"])
+    return int(kept["step"])
+
+
+@torch.no_grad()
+def psnr(autoencoder: AutoencoderDC, pixels: Tensor) -> float:
+    """Mean PSNR in dB of the round trip over pictures in [-1, 1]. [N, 3, H, W]"""
+    decoded = autoencoder.decode(autoencoder.encode(pixels).latent).sample.clamp(-1, 1)
+    error = ((decoded - pixels) / 2).square().mean((1, 2, 3))
+    return float((-10 * error.log10()).mean())
+
+
+def motorcycle_crops() -> Tensor:
+    """Square crops of the held-out motorcycle at 128 px, in [-1, 1]. [4, 3, 128, 128]"""
+    crops = []
+    for name in ("motorcycle_left.png", "motorcycle_right.png"):
+        photo = Image.fromarray(photograph(name))
+        scale = 128 / photo.height
+        photo = photo.resize((round(photo.width * scale), 128), Image.Resampling.LANCZOS)
+        for left in (0, photo.width - 128):
+            crops.append(np.asarray(photo.crop((left, 0, left + 128, 128))))
+    return torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).float() / 127.5 - 1

@@ -1,0 +1,126 @@
+"""Moving aliases: compare, set, and write the step down, inside the caller's transaction.
+
+The caller holds the scene's row, so that moves of one scene happen one after the other; the
+comparison in the statement itself stays, for whoever writes past this code.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+
+from sqlalchemy import Connection, insert, select, update
+
+from registry.errors import Conflict, NotFound
+from registry.schema import alias_moves, aliases, versions
+
+# As the expected number: the alias must not exist yet.
+ABSENT = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What one move is: which alias, where to, and on whose account."""
+
+    scene_id: int
+    scene: str
+    alias: str
+    number: int
+    action: str
+    by: str
+    at: datetime
+    undoes: int | None = None
+
+
+def move_alias(connection: Connection, step: Step, expect: int | None) -> bool:
+    """Point the alias to the step's number; False where it points there already.
+
+    Args:
+        expect: Number the alias must point to now, ABSENT for none, None for any.
+
+    Raises:
+        Conflict: It points elsewhere than expected.
+    """
+    here = (aliases.c.scene_id == step.scene_id) & (aliases.c.name == step.alias)
+    previous = connection.execute(select(aliases.c.number).where(here)).scalar_one_or_none()
+    if expect is not None and expect != (previous or ABSENT):
+        raise _moved_meanwhile(step, previous, expect)
+    if previous == step.number:
+        return False
+    if previous is None:
+        connection.execute(
+            insert(aliases).values(scene_id=step.scene_id, name=step.alias, number=step.number)
+        )
+    else:
+        done = connection.execute(
+            update(aliases).where(here, aliases.c.number == previous).values(number=step.number)
+        )
+        if done.rowcount != 1:
+            raise _moved_meanwhile(step, None, previous)
+    connection.execute(
+        insert(alias_moves).values(
+            scene_id=step.scene_id,
+            alias=step.alias,
+            previous=previous,
+            number=step.number,
+            action=step.action,
+            undoes=step.undoes,
+            moved=step.at,
+            moved_by=step.by,
+        )
+    )
+    return True
+
+
+def step_back(connection: Connection, scene_id: int, scene: str, alias: str) -> tuple[int, int]:
+    """The latest move that can be taken back: its id, and the number the alias had before it.
+
+    Moves that an earlier rollback took back are passed over, so that repeated rollbacks go
+    further back; so are moves away from versions that were retired since.
+
+    Raises:
+        NotFound: The alias never pointed anywhere else.
+    """
+    rollbacks = alias_moves.alias("rollbacks")
+    taken_back = (
+        select(rollbacks.c.id)
+        .where(
+            rollbacks.c.scene_id == scene_id,
+            rollbacks.c.alias == alias,
+            rollbacks.c.undoes <= alias_moves.c.id,
+            rollbacks.c.id > alias_moves.c.id,
+        )
+        .exists()
+    )
+    move = connection.execute(
+        select(alias_moves.c.id, alias_moves.c.previous)
+        .join(
+            versions,
+            (versions.c.scene_id == alias_moves.c.scene_id)
+            & (versions.c.number == alias_moves.c.previous),
+        )
+        .where(
+            alias_moves.c.scene_id == scene_id,
+            alias_moves.c.alias == alias,
+            alias_moves.c.undoes.is_(None),
+            versions.c.retired.is_(None),
+            ~taken_back,
+        )
+        .order_by(alias_moves.c.id.desc())
+        .limit(1)
+    ).one_or_none()
+    if move is None:
+        raise NotFound(
+            f"The alias {alias!r} of {scene!r} has no earlier version to go back to: "
+            f"`registry history {scene}` shows its moves, `registry alias` sets it freely."
+        )
+    return move.id, move.previous
+
+
+def _moved_meanwhile(step: Step, previous: int | None, expect: int) -> Conflict:
+    now = f"points to version {previous}" if previous else "does not exist"
+    wanted = f"version {expect}" if expect else "no such alias"
+    return Conflict(
+        f"The alias {step.alias!r} of {step.scene!r} {now} and you expected {wanted}: someone "
+        f"moved it meanwhile. Look at `registry history {step.scene}`, then decide again."
+    )

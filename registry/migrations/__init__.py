@@ -1,0 +1,1 @@
+"""Alembic migrations, packaged so that an installed registry can build its own tables."""

@@ -1,0 +1,192 @@
+"""The commands ``serve`` and ``complete``."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from registry import Registry, RegistryError
+from service.client import DEFAULT_URL, Client, image_of
+from service.errors import ServiceError
+from service.settings import PREFIX, SamplerName, Settings, load_settings
+
+# Above the service's own request limit, so that requests in flight are answered first.
+_GRACE_S = 10.0
+_FORMATS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
+_SAMPLERS = click.Choice(SamplerName.__args__)  # type: ignore[attr-defined]
+
+
+class Refusal(click.ClickException):
+    """One sentence and exit status 2."""
+
+    exit_code = 2
+
+
+@click.command()
+@click.option("--host", help="Address to listen on; loopback unless allowed otherwise.")
+@click.option("--port", type=int, help="Port to listen on; 0 chooses a free one.")
+@click.option("--registry", help="Folder or URL of the registry.")
+@click.option("--base", help="nano, sd2, a folder or a hub id.")
+@click.option("--device", help="auto, cpu or cuda.")
+@click.option("--matcher", help="nano, outdoor, a weights file, or none.")
+def serve(**options: Any) -> None:
+    """Serve completions of the registry's scenes over HTTP.
+
+    Further settings are environment variables REALFILL_*.
+    """
+    try:
+        settings = load_settings(**{k: v for k, v in options.items() if v is not None})
+    except ServiceError as error:
+        raise Refusal(str(error)) from error
+    try:
+        # Before anything heavy starts; the supervisor checks it again for who starts it directly.
+        Registry.open(settings.registry, database=settings.registry_database).close()
+    except RegistryError as error:
+        raise Refusal(str(error)) from error
+    port = settings.port or free_port(settings.host)
+    with tempfile.TemporaryDirectory(prefix="realfill-serve-") as home:
+        # A home of its own: a second server in a shared one deletes the first one's files.
+        environment = {**os.environ, **_environment(settings), "BENTOML_HOME": home}
+        status = _supervise(settings, port, environment)
+    sys.exit(status)
+
+
+def _environment(settings: Settings) -> dict[str, str]:
+    """The settings as variables, paths made absolute since the service has another folder."""
+    values: dict[str, Any] = settings.model_dump(exclude_unset=True)
+    if "://" not in settings.registry:
+        values["registry"] = str(Path(settings.registry).resolve())
+    for name in ("base", "matcher"):
+        path = Path(getattr(settings, name))
+        if path.exists():
+            values[name] = str(path.resolve())
+    variables = {PREFIX + name.upper(): str(value) for name, value in values.items()}
+    return {**variables, "BENTOML_DO_NOT_TRACK": "True"}
+
+
+def _supervise(settings: Settings, port: int, environment: Mapping[str, str]) -> int:
+    """Run BentoML's supervisor until it ends or a signal asks for it; the exit status."""
+    address = settings.host if ":" not in settings.host else f"[{settings.host}]"
+    folder = Path(__file__).resolve().parents[1]
+    command = [sys.executable, "-m", "bentoml", "serve", "service.app:Completer"]
+    command += ["--host", settings.host, "--port", str(port), "--working-dir", str(folder)]
+    # In a session of its own, so that Ctrl-C reaches this process alone and ends it in order.
+    server = subprocess.Popen(command, env=environment, start_new_session=True)
+    asked = False
+
+    def end(number: int, frame: object) -> None:
+        nonlocal asked
+        # Asked twice, it does not wait for the requests in flight.
+        number = signal.SIGKILL if asked else signal.SIGTERM
+        asked = True
+        os.killpg(server.pid, signal.SIGKILL) if number == signal.SIGKILL else server.terminate()
+
+    previous = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        if _wait_until_ready(f"http://{address}:{port}", server):
+            _announce(f"http://{address}:{port}")
+        while server.poll() is None and not asked:
+            time.sleep(0.1)
+        return _end(server, settings.request_timeout_s + _GRACE_S, asked)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _end(server: subprocess.Popen[bytes], patience_s: float, asked: bool) -> int:
+    """Wait for the supervisor to end; 0 where it was asked to, else 2."""
+    try:
+        server.wait(patience_s)
+    except subprocess.TimeoutExpired:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+    if asked:
+        click.echo("Stopped.")
+        return 0
+    click.echo("The service ended by itself; its last lines say why.", err=True)
+    return 2
+
+
+def _wait_until_ready(url: str, server: subprocess.Popen[bytes]) -> bool:
+    """False where the supervisor ended first."""
+    with Client(url) as client:
+        while server.poll() is None:
+            if client.ready():
+                return True
+            time.sleep(0.2)
+    return False
+
+
+def _announce(url: str) -> None:
+    with Client(url) as client:
+        scenes = client.scenes()
+    name = scenes[0].name if scenes else "SCENE"
+    click.echo(f"Listening on {url} with {len(scenes)} scene(s); Ctrl-C ends it. Try:\n")
+    click.echo(
+        f"  curl -F image=@target.png -F mask=@mask.png {url}/v1/scenes/{name}/complete "
+        "-o best.png\n"
+    )
+
+
+def free_port(host: str) -> int:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
+
+
+@click.command()
+@click.argument("scene")
+@click.argument("image", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("mask", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option(
+    "--out",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default="best.png",
+    show_default=True,
+    help="Where to write the best candidate; png, jpg or webp.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the evidence as JSON.")
+@click.option("--url", default=DEFAULT_URL, show_default=True, help="Where the service listens.")
+@click.option("--seed", type=int, help="Seed of the first candidate.")
+@click.option("--candidates", type=int, help="Seeds to sample and rank.")
+@click.option("--steps", type=int, help="Denoising steps.")
+@click.option("--sampler", type=_SAMPLERS, help="Way from noise to image.")
+@click.option("--feather-px", type=int, help="Blend around the mask, in pixels.")
+def complete(
+    scene: str, image: Path, mask: Path, out: Path, as_json: bool, url: str, **fields: Any
+) -> None:
+    """Complete IMAGE, whose hole is white in MASK, as a photo of SCENE."""
+    image_format = _FORMATS.get(out.suffix.lower())
+    if image_format is None:
+        raise Refusal(f"--out is {out}: end its name in {', '.join(_FORMATS)}.")
+    try:
+        with Client(url) as client:
+            answer = client.complete(scene, image, mask, top=1, format=image_format, **fields)
+    except ServiceError as error:
+        raise Refusal(str(error)) from error
+    best = answer.candidates[0]
+    try:
+        out.write_bytes(image_of(best.image))
+    except OSError as error:
+        raise Refusal(f"{out} cannot be written: {error.strerror}.") from error
+    if as_json:
+        evidence = answer.model_dump(mode="json", exclude={"candidates": {"__all__": {"image"}}})
+        click.echo(json.dumps(evidence, indent=2))
+        return
+    score = "not ranked" if best.score is None else f"score {best.score}"
+    click.echo(
+        f"{out}: {answer.scene} version {answer.version}, seed {best.seed}, {score}, best of "
+        f"{len(answer.candidates)}, {answer.timings_ms['total'] / 1000:.2f} s"
+    )

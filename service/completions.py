@@ -1,0 +1,283 @@
+"""Completions over HTTP: admission, the deadline, the client that leaves, and the answer's form."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+from starlette.datastructures import UploadFile
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive
+
+from service.errors import Cancelled, DeadlineExceeded, InvalidRequest, QueueFull
+from service.forms import fields_of, files_of, read_form, wanted_form
+from service.images import encode, read_image, read_mask
+from service.metrics import Metrics
+from service.middleware import record_of
+from service.road import Answer, Pending, Plan, Road
+from service.schemas import CandidateView, CompletionFields, CompletionView, ImageFormat
+from service.settings import Settings
+
+T = TypeVar("T")
+
+# Threads for decoding, ranking and encoding; the lane has its own.
+WORKERS = 4
+
+
+@dataclass
+class Gate:
+    """Bounds the completions in flight, and so the memory of their images.
+
+    Attributes:
+        limit: Completions admitted at once; the lane's own queue refuses earlier as a rule.
+        lane_s: Moving mean of the lane's time for one completion.
+    """
+
+    limit: int
+    inside: int = 0
+    lane_s: float = 1.0
+
+    def enter(self) -> None:
+        """Admit a completion, or raise QueueFull."""
+        if self.inside >= self.limit:
+            raise QueueFull(
+                f"{self.inside} completions are in flight, which is the limit: try again later.",
+                retry_after_s=self.inside * self.lane_s,
+            )
+        self.inside += 1
+
+    def leave(self, work: asyncio.Task[Any]) -> None:
+        """Count a completion out when its work has really ended, even after its answer."""
+        self.inside -= 1
+        if not work.cancelled():
+            # Read here because, after a timeout, nobody else will.
+            work.exception()
+
+    def learn(self, seconds: float) -> None:
+        """Take a completion's time in the lane into the mean."""
+        self.lane_s += 0.2 * (seconds - self.lane_s)
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A completion as the client asked for it."""
+
+    reference: str
+    image: UploadFile
+    mask: UploadFile
+    plan: Plan
+    top: int
+    as_json: bool
+    image_format: ImageFormat
+
+
+class Completions:
+    """Serves completions over one road; ``pool`` holds all work that would block the event loop."""
+
+    def __init__(
+        self, road: Road, settings: Settings, metrics: Metrics, pool: ThreadPoolExecutor
+    ) -> None:
+        self.road = road
+        self.settings = settings
+        self.metrics = metrics
+        self.pool = pool
+        self.gate = Gate(2 * settings.max_queue + WORKERS)
+        metrics.watch(
+            "realfill_completions_in_flight", "Completions admitted.", lambda: self.gate.inside
+        )
+
+    async def complete(self, scene: str, request: Request) -> Response:
+        """Complete an image: the best candidate as an image, or all of them as JSON."""
+        started = time.perf_counter()
+        limit_s = self.settings.request_timeout_s
+        try:
+            form = await asyncio.wait_for(read_form(request), limit_s)
+        except TimeoutError as error:
+            raise self._too_slow() from error
+        try:
+            ask = self._ask(scene, request, fields_of(form), *files_of(form))
+            self.gate.enter()
+        except BaseException:
+            await form.close()
+            raise
+        cancel = threading.Event()
+        work = asyncio.create_task(self._work(ask, request, cancel))
+        work.add_done_callback(self.gate.leave)
+        left_s = limit_s - (time.perf_counter() - started)
+        return await self._attend(work, request.receive, cancel, left_s)
+
+    def _ask(
+        self,
+        scene: str,
+        request: Request,
+        fields: CompletionFields,
+        image: UploadFile,
+        mask: UploadFile,
+    ) -> Ask:
+        """Fill in the defaults and check what pydantic cannot know."""
+        most = self.settings.max_samples
+        count = fields.candidates or self.settings.candidates
+        top = fields.top or min(count, 4)
+        if count > most:
+            raise InvalidRequest(f"The field 'candidates' is {count}: ask for at most {most}.")
+        if top > count:
+            raise InvalidRequest(
+                f"The field 'top' is {top}: ask for at most {count}, as many as candidates."
+            )
+        feather_px = fields.feather_px
+        plan = Plan(
+            seeds=tuple(range(fields.seed, fields.seed + count)),
+            steps=fields.steps or self.settings.steps,
+            sampler=fields.sampler or self.settings.sampler,
+            feather_px=self.settings.feather_px if feather_px is None else feather_px,
+        )
+        as_json, image_format = wanted_form(request.headers.get("accept"), fields.format)
+        return Ask(scene, image, mask, plan, top, as_json, image_format)
+
+    async def _attend(
+        self,
+        work: asyncio.Task[Response],
+        receive: Receive,
+        cancel: threading.Event,
+        left_s: float,
+    ) -> Response:
+        """Wait for the work, the client's leaving or the deadline, whichever comes first."""
+        watcher = asyncio.create_task(_until_disconnect(receive))
+        try:
+            await asyncio.wait(
+                {work, watcher}, timeout=max(left_s, 0), return_when=asyncio.FIRST_COMPLETED
+            )
+            if work.done():
+                return work.result()
+            if watcher.done():
+                raise Cancelled("The client left before its answer was ready.")
+            raise self._too_slow()
+        finally:
+            # Also when this task is cancelled from outside; the lane reads it at its next step.
+            cancel.set()
+            watcher.cancel()
+
+    def _too_slow(self) -> DeadlineExceeded:
+        return DeadlineExceeded(
+            f"The completion took longer than {self.settings.request_timeout_s:g} s: ask for fewer "
+            "candidates or steps, or raise REALFILL_REQUEST_TIMEOUT_S."
+        )
+
+    async def _work(self, ask: Ask, request: Request, cancel: threading.Event) -> Response:
+        started = time.perf_counter()
+        pending = await self._in_thread(partial(self._begin, ask, cancel))
+        sampled = await asyncio.wrap_future(pending.future)
+        answer = await self._in_thread(partial(self.road.finish, pending, sampled))
+        write = self._as_json if ask.as_json else self._as_image
+        record = record_of(request.scope)
+        response = await self._in_thread(partial(write, ask, answer, record.request_id, started))
+        stages = answer.timings_s
+        self.gate.learn(stages["swap"] + stages["sample"] + stages["decode"])
+        self.metrics.count_completion(len(ask.plan.seeds), stages)
+        record.fields.update(
+            scene=answer.version.scene,
+            version=answer.version.number,
+            digest=answer.version.digest,
+            candidates=len(ask.plan.seeds),
+            timings_ms=_milliseconds(stages),
+        )
+        return response
+
+    def _begin(self, ask: Ask, cancel: threading.Event) -> Pending:
+        max_pixels = self.settings.max_pixels
+        started = time.perf_counter()
+        try:
+            image = read_image(ask.image.file.read(), max_pixels=max_pixels)
+            size = (image.shape[-2], image.shape[-1])
+            mask = read_mask(ask.mask.file.read(), size, max_pixels=max_pixels)
+        finally:
+            ask.image.file.close()
+            ask.mask.file.close()
+        read_s = time.perf_counter() - started
+        pending = self.road.begin(ask.reference, image, mask, ask.plan, cancel)
+        pending.timings_s["read"] = read_s
+        return pending
+
+    def _as_image(self, ask: Ask, answer: Answer, request_id: str, started: float) -> Response:
+        """The best candidate, with the evidence in headers."""
+        encoded, best = self._encoded(answer, 0, ask.image_format), answer.candidates[0]
+        answer.timings_s["total"] = time.perf_counter() - started
+        headers = {
+            "X-RealFill-Scene": answer.version.scene,
+            "X-RealFill-Version": str(answer.version.number),
+            "X-Adapter-Digest": answer.version.digest,
+            "X-RealFill-Seed": str(best.seed),
+            "X-RealFill-Timings": ", ".join(
+                f"{stage};dur={ms}" for stage, ms in _milliseconds(answer.timings_s).items()
+            ),
+            "Vary": "Accept",
+        }
+        if best.score is not None:
+            headers["X-RealFill-Score"] = str(best.score)
+        return Response(encoded, media_type=f"image/{ask.image_format}", headers=headers)
+
+    def _as_json(self, ask: Ask, answer: Answer, request_id: str, started: float) -> Response:
+        """All candidates, best first, the first ``top`` with their images."""
+        views = []
+        for place, candidate in enumerate(answer.candidates):
+            image = None
+            if place < ask.top:
+                encoded = self._encoded(answer, place, ask.image_format)
+                image = base64.b64encode(encoded).decode("ascii")
+            per_reference = candidate.per_reference
+            views.append(
+                CandidateView(
+                    seed=candidate.seed,
+                    score=candidate.score,
+                    per_reference=None if per_reference is None else list(per_reference),
+                    confidence=candidate.confidence,
+                    coverage=candidate.coverage,
+                    image=image,
+                )
+            )
+        answer.timings_s["total"] = time.perf_counter() - started
+        view = CompletionView(
+            request_id=request_id,
+            scene=answer.version.scene,
+            version=answer.version.number,
+            digest=answer.version.digest,
+            base_fingerprint=answer.base_fingerprint,
+            ranked=answer.ranked,
+            margin=answer.margin,
+            sampler=answer.plan.sampler,
+            steps=answer.plan.steps,
+            feather_px=answer.plan.feather_px,
+            format=ask.image_format,
+            candidates=views,
+            timings_ms=_milliseconds(answer.timings_s),
+        )
+        headers = {"Vary": "Accept"}
+        return Response(view.model_dump_json(), media_type="application/json", headers=headers)
+
+    def _encoded(self, answer: Answer, place: int, image_format: ImageFormat) -> bytes:
+        started = time.perf_counter()
+        encoded = encode(answer.picture(place), image_format)
+        stages = answer.timings_s
+        stages["encode"] = stages.get("encode", 0.0) + time.perf_counter() - started
+        return encoded
+
+    async def _in_thread(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self.pool, work)
+
+
+async def _until_disconnect(receive: Receive) -> None:
+    """Return when the client has left; the body must have been read."""
+    while (await receive())["type"] != "http.disconnect":
+        continue
+
+
+def _milliseconds(seconds: dict[str, float]) -> dict[str, float]:
+    return {stage: round(value * 1000, 2) for stage, value in seconds.items()}

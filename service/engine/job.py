@@ -1,0 +1,77 @@
+"""What goes into the engine, and what comes out."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from realfill.capsule import Adapter
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """One completion to sample, at the size of the base.
+
+    Attributes:
+        digest: SHA-256 of the capsule that the adapter came in; None for the base alone.
+        adapter: Factors to fuse into the U-Net; None for the base alone.
+        prompt_embedding: From the capsule. [77, d]
+        target: Image to complete, in [0, 1]. [3, S, S]
+        mask: 1 where pixels are missing, else 0. [S, S]
+        seeds: One sample for each.
+        steps: U-Net calls per sample.
+        sampler: ddpm, ddim or dpm++2m.
+        cancel: Set it and the job ends within one step.
+        on_step: Called in the lane after each step with the steps done and their total; it must
+            return at once.
+    """
+
+    digest: str | None
+    adapter: Adapter | None
+    prompt_embedding: Tensor
+    target: Tensor
+    mask: Tensor
+    seeds: tuple[int, ...]
+    steps: int
+    sampler: str
+    cancel: threading.Event = field(default_factory=threading.Event)
+    on_step: Callable[[int, int], None] | None = None
+
+    def __post_init__(self) -> None:
+        if (self.digest is None) != (self.adapter is None):
+            raise ValueError(
+                f"digest is {self.digest!r}, but the adapter is "
+                f"{'absent' if self.adapter is None else 'given'}; pass both, or None for both"
+            )
+        if not self.seeds:
+            raise ValueError("seeds is empty; pass at least one")
+
+    @property
+    def sample_steps(self) -> int:
+        """U-Net evaluations of single samples that the job takes."""
+        return len(self.seeds) * self.steps
+
+
+@dataclass(frozen=True, eq=False)
+class Sampled:
+    """What the lane made of one job.
+
+    Attributes:
+        samples: Decoded images in [0, 1], not yet composited, in the order of the seeds.
+            [N, 3, S, S]
+        digest: Of the adapter that was in the weights while they were sampled.
+        swap_s: Seconds to put it there; near 0 where it already was.
+        sample_s: Seconds of encoding the masked image and of all steps.
+        decode_s: Seconds of decoding.
+        queued_s: Seconds from submission until the lane took the job.
+    """
+
+    samples: Tensor
+    digest: str | None
+    swap_s: float
+    sample_s: float
+    decode_s: float
+    queued_s: float = 0.0

@@ -1,0 +1,250 @@
+"""Put one scene's adapter into the weights of the resident U-Net, entirely or not at all."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from kernels.merge_lora import MAX_RANK, merge_lora_
+from realfill.capsule import Adapter
+from realfill.errors import AdapterMismatch, InvalidCapsule
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class StagedAdapter:
+    """An adapter that fits the U-Net, validated and on its device.
+
+    Attributes:
+        digest: Of the capsule.
+        scale: alpha / rank.
+        factors: lora_A [R, in] and lora_B [out, R] by module path.
+    """
+
+    digest: str
+    scale: float
+    factors: dict[str, tuple[Tensor, Tensor]]
+
+
+class Swapper:
+    """Keeps pristine copies of a U-Net's target weights and fuses adapters from them.
+
+    Fused weights always come from the pristine ones, so nothing drifts and a bad adapter leaves no
+    trace. What the weights hold is remembered by digest, together with each tensor's address and
+    version counter, so that a write from elsewhere is noticed before the next batch.
+
+    Args:
+        unet: The resident model; its target weights belong to the swapper from now on.
+        targets: Names of the modules that adapters may change, as path ends ("to_q", "to_out.0").
+        merge: What fuses factors into weights.
+
+    Attributes:
+        writes: How often weights were written.
+
+    Raises:
+        ValueError: No linear module of the U-Net matches.
+    """
+
+    def __init__(
+        self,
+        unet: nn.Module,
+        targets: Iterable[str],
+        merge: Callable[..., None] = merge_lora_,
+    ) -> None:
+        endings = tuple(targets)
+        self._merge = merge
+        self._modules: dict[str, nn.Linear] = {
+            path: module
+            for path, module in unet.named_modules()
+            if isinstance(module, nn.Linear)
+            and any(path == end or path.endswith(f".{end}") for end in endings)
+        }
+        if not self._modules:
+            raise ValueError(f"no linear module of the U-Net is named like any of {endings}")
+        self._pristine = {
+            path: module.weight.detach().clone() for path, module in self._modules.items()
+        }
+        self._current: StagedAdapter | None = None
+        self._torn = False
+        self._marks = self._read_marks()
+        self.writes = 0
+
+    @property
+    def digest(self) -> str | None:
+        """Digest of the adapter in the weights, None for the base alone.
+
+        Raises:
+            RuntimeError: A swap failed half-way and could not be undone.
+        """
+        if self._torn:
+            raise RuntimeError(
+                "the weights hold parts of two adapters; apply an adapter or None to repair them"
+            )
+        return None if self._current is None else self._current.digest
+
+    @property
+    def module_paths(self) -> tuple[str, ...]:
+        """Paths of the modules that adapters may change."""
+        return tuple(self._modules)
+
+    def apply(self, digest: str | None, adapter: Adapter | None) -> bool:
+        """Make the weights hold exactly this adapter, or none.
+
+        Args:
+            digest: Of the capsule; None exactly where `adapter` is None.
+            adapter: Factors by module path; None restores the base.
+
+        Returns:
+            Whether weights were written; they are not if they already hold this adapter.
+
+        Raises:
+            AdapterMismatch: A path or a shape is not the U-Net's; the weights are as before.
+            InvalidCapsule: A value is not finite, or too large for the weights' type; likewise.
+        """
+        if (digest is None) != (adapter is None):
+            raise ValueError(f"digest is {digest!r}, adapter {adapter!r}; pass both or neither")
+        if self._holds(digest, None if adapter is None else adapter.scale):
+            return False
+        staged = None
+        if digest is not None and adapter is not None:
+            staged = self.stage(digest, adapter)
+        self.commit(staged)
+        return True
+
+    def stage(self, digest: str, adapter: Adapter) -> StagedAdapter:
+        """Validate an adapter and bring it to the device, in one copy; no weight is touched.
+
+        Raises:
+            AdapterMismatch, InvalidCapsule: As `apply`.
+        """
+        ranks = self._check_shapes(digest, adapter)
+        tensors = [tensor.detach() for pair in adapter.factors.values() for tensor in pair]
+        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        weight = next(iter(self._pristine.values()))
+        # CPUs calculate slowly in half precision, so there the factors are widened once, here.
+        flat = flat.to(weight.device) if weight.is_cuda else flat.float()
+        lowest, highest = torch.aminmax(flat)
+        # A single NaN makes both of them NaN.
+        largest = max(-float(lowest), float(highest))
+        if not math.isfinite(largest) or not math.isfinite(adapter.scale):
+            raise InvalidCapsule(
+                f"adapter {digest} holds NaN or infinity; train and publish the scene again"
+            )
+        bound = abs(adapter.scale) * max(ranks) * largest**2
+        if bound > torch.finfo(weight.dtype).max / 2:
+            raise InvalidCapsule(
+                f"adapter {digest} may reach {bound:.3g}, too much for {weight.dtype}; "
+                "train with a lower learning rate, or serve the base in bfloat16"
+            )
+        parts = iter(flat.split([tensor.numel() for tensor in tensors]))
+        factors = {
+            path: (next(parts).view(a.shape), next(parts).view(b.shape))
+            for path, (a, b) in adapter.factors.items()
+        }
+        return StagedAdapter(digest, float(adapter.scale), factors)
+
+    def commit(self, staged: StagedAdapter | None) -> None:
+        """Write a staged adapter into the weights, or the base where it is None.
+
+        If that fails, the weights are put back as they were, and the failure is raised.
+        """
+        self.writes += 1
+        previous = self._current
+        was_torn, self._torn = self._torn, True
+        try:
+            self._write(staged)
+        except Exception:
+            if not was_torn:
+                self._write(previous)
+                self._marks = self._read_marks()
+                self._torn = False
+            raise
+        self._current = staged
+        self._marks = self._read_marks()
+        self._torn = False
+
+    def verify(self, digest: str | None, scale: float | None = None) -> None:
+        """Make sure that the next batch will be drawn with this adapter and no other.
+
+        Args:
+            digest: What the weights shall hold, None for the base alone.
+            scale: The adapter's scale, None for the base alone.
+
+        Raises:
+            RuntimeError: They hold something else, or were written from elsewhere.
+        """
+        if not self._holds(digest, scale):
+            held = "parts of two adapters" if self._torn else (self.digest or "the base alone")
+            raise RuntimeError(
+                f"the U-Net was to hold adapter {digest or 'none'}, but holds {held} or was "
+                "written from elsewhere; apply it again"
+            )
+
+    def _holds(self, digest: str | None, scale: float | None) -> bool:
+        """Whether the weights hold this adapter and nobody else has written to them."""
+        if self._torn:
+            return False
+        current = self._current
+        held = (None, None) if current is None else (current.digest, current.scale)
+        if held != (digest, scale):
+            return False
+        if self._marks != self._read_marks():
+            logger.error("weights of the U-Net were written by something other than the swapper")
+            return False
+        return True
+
+    def _read_marks(self) -> list[tuple[int, int]]:
+        """Address and version counter of every target weight, without asking the device."""
+        weights = [module.weight for module in self._modules.values()]
+        return [(weight.data_ptr(), weight._version) for weight in weights]
+
+    def _weight(self, path: str) -> Tensor:
+        return self._modules[path].weight.detach()
+
+    def _write(self, staged: StagedAdapter | None) -> None:
+        """Every target weight, from its pristine copy."""
+        factors = {} if staged is None else staged.factors
+        plain = [path for path in self._modules if path not in factors]
+        with torch.no_grad():
+            if plain:
+                torch._foreach_copy_(
+                    [self._weight(path) for path in plain],
+                    [self._pristine[path] for path in plain],
+                )
+            if staged is not None:
+                self._merge(
+                    [self._weight(path) for path in factors],
+                    [self._pristine[path] for path in factors],
+                    [a for a, _ in factors.values()],
+                    [b for _, b in factors.values()],
+                    staged.scale,
+                )
+
+    def _check_shapes(self, digest: str, adapter: Adapter) -> set[int]:
+        """Ranks of the adapter's modules, all of which the U-Net has in the same shape."""
+        ranks = set()
+        for path, (lora_A, lora_B) in adapter.factors.items():
+            if path not in self._modules:
+                raise AdapterMismatch(
+                    f"adapter {digest} changes {path!r}, which is no target module of this base; "
+                    "train it for this base"
+                )
+            rows, columns = self._pristine[path].shape
+            rank = lora_A.shape[0]
+            fits = lora_A.shape == (rank, columns) and lora_B.shape == (rows, rank)
+            if not fits or not 1 <= rank <= MAX_RANK:
+                raise AdapterMismatch(
+                    f"adapter {digest} has lora_A {tuple(lora_A.shape)} and lora_B "
+                    f"{tuple(lora_B.shape)} for {path!r} of shape {(rows, columns)}; "
+                    f"train it for this base with a rank of at most {MAX_RANK}"
+                )
+            ranks.add(rank)
+        if not ranks:
+            raise AdapterMismatch(f"adapter {digest} changes nothing; train the scene again")
+        return ranks

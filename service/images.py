@@ -1,0 +1,102 @@
+"""Uploaded images in, encoded candidates out; for worker threads, never for the event loop."""
+
+from __future__ import annotations
+
+from io import BytesIO
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from realfill.photographs import DECODING_ERRORS, FORMATS
+from realfill.scene import load_image, load_mask
+from service.errors import ImageTooLarge
+from service.schemas import ImageFormat
+
+MEDIA_TYPES: dict[str, ImageFormat] = {
+    "image/png": "png",
+    "image/jpeg": "jpeg",
+    "image/webp": "webp",
+}
+# Low compression: a candidate is read once, and at the default level zlib takes longer than
+# sampling it did. JPEG without chroma subsampling; WebP lossless, as PNG is.
+_SAVE_OPTIONS: dict[ImageFormat, dict[str, object]] = {
+    "png": {"compress_level": 3},
+    "jpeg": {"quality": 95, "subsampling": 0},
+    "webp": {"lossless": True, "quality": 20, "method": 1},
+}
+
+
+def read_image(encoded: bytes, *, max_pixels: int) -> Tensor:
+    """Decode the field ``image``.
+
+    Returns:
+        8-bit pixels, a quarter of the memory of floats while the request waits. [3, H, W]
+
+    Raises:
+        ImageTooLarge: It has more pixels than the limit.
+        InvalidScene: It is no image of an allowed format, or damaged.
+    """
+    _check_pixels(encoded, "image", max_pixels)
+    return to_bytes(load_image(encoded, max_pixels=max_pixels, label="The field 'image'"))
+
+
+def read_mask(encoded: bytes, size: tuple[int, int], *, max_pixels: int) -> Tensor:
+    """Decode the field ``mask``: white (or opaque) is missing.
+
+    Args:
+        encoded: The uploaded file.
+        size: Height and width of the image that the mask belongs to.
+        max_pixels: Limit, as for the image.
+
+    Returns:
+        Mask, true where pixels are missing. [H, W]
+
+    Raises:
+        ImageTooLarge: It has more pixels than the limit.
+        InvalidScene: It is no image, of another size, empty or full.
+    """
+    _check_pixels(encoded, "mask", max_pixels)
+    return load_mask(encoded, size, max_pixels=max_pixels, label="The field 'mask'").bool()
+
+
+def to_bytes(pixels: Tensor) -> Tensor:
+    """Pixels in [0, 1] as 8-bit numbers, to the nearest; exact for images of 8 bits. [3, H, W]"""
+    return (pixels * 255).round_().clamp_(0, 255).to(torch.uint8)
+
+
+def to_pixels(numbers: Tensor) -> Tensor:
+    """8-bit numbers as pixels in [0, 1]. [3, H, W]"""
+    return numbers.float().div_(255)
+
+
+def encode(numbers: Tensor, image_format: ImageFormat) -> bytes:
+    """Write an image, in sRGB and without metadata.
+
+    Args:
+        numbers: 8-bit pixels. [3, H, W]
+        image_format: png and webp keep every bit, jpeg does not.
+    """
+    picture = Image.fromarray(numbers.permute(1, 2, 0).contiguous().numpy(), "RGB")
+    encoded = BytesIO()
+    picture.save(encoded, image_format.upper(), **_SAVE_OPTIONS[image_format])
+    return encoded.getvalue()
+
+
+def _check_pixels(encoded: bytes, field: str, max_pixels: int) -> None:
+    """Look at the header alone; whatever else is wrong with the file, its decoder will say."""
+    try:
+        with Image.open(BytesIO(encoded), formats=FORMATS) as image:
+            width, height = image.size
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ImageTooLarge(
+            f"The field {field!r} has far more than the limit of {max_pixels} pixels: "
+            "send a smaller image."
+        ) from error
+    except DECODING_ERRORS:
+        return
+    if width * height > max_pixels:
+        raise ImageTooLarge(
+            f"The field {field!r} is {width}x{height}, {width * height} pixels, above the limit "
+            f"of {max_pixels}: send a smaller image, or raise REALFILL_MAX_PIXELS."
+        )

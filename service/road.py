@@ -1,0 +1,333 @@
+"""The road of one completion: reference to pinned version to capsule to samples to candidates.
+
+Independent of HTTP. ``begin`` and ``finish`` are for worker threads; between them lies the lane.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from realfill.base import Base
+from realfill.capsule import Capsule, read_capsule
+from realfill.complete.compositing import Window, composite, crop, crop_mask, paste, window_of
+from realfill.errors import InvalidCapsule
+from realfill.rank import Matcher, Ranking, ReferenceFeatures, prepare_references, rank_candidates
+from registry import Registry, Version
+from service.engine import Job, Sampled
+from service.errors import Cancelled
+from service.images import to_bytes, to_pixels
+
+REFERENCES = "references."
+MIN_REFERENCE_PX = 8
+MAX_REFERENCE_PX = 1024
+
+T = TypeVar("T")
+
+
+class Lane(Protocol):
+    """What the road asks of an engine."""
+
+    @property
+    def pending(self) -> int:
+        """Jobs that wait or run."""
+        ...
+
+    def start(self) -> object:
+        """Begin to take jobs."""
+        ...
+
+    def close(self, *, drain: bool = True) -> None:
+        """Refuse new jobs and end; without draining, those there are get cancelled."""
+        ...
+
+    def submit(self, job: Job) -> Future[Sampled]:
+        """Queue a job; raises QueueFull or EngineClosed."""
+        ...
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to sample: one candidate per seed.
+
+    Attributes:
+        feather_px: Width of the blend, in pixels of the image.
+    """
+
+    seeds: tuple[int, ...]
+    steps: int
+    sampler: str
+    feather_px: int
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A capsule in memory, with its references as the matcher sees them (None: nothing to rank)."""
+
+    capsule: Capsule
+    references: ReferenceFeatures | None
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A completion on its way through the lane."""
+
+    version: Version
+    loaded: Loaded
+    plan: Plan
+    image: Tensor
+    mask: Tensor
+    window: Window
+    job: Job
+    future: Future[Sampled]
+    timings_s: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One candidate's evidence; None where nothing was ranked.
+
+    Attributes:
+        sample: Its index among the samples.
+        score: Correspondences between its filled region and the references.
+        per_reference: The same, for each reference.
+        confidence: Sum of the correspondences' confidences.
+        coverage: Share of the hole that a reference matches, in [0, 1].
+    """
+
+    sample: int
+    seed: int
+    score: int | None = None
+    per_reference: tuple[int, ...] | None = None
+    confidence: float | None = None
+    coverage: float | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A completion: candidates, best first, and where they came from.
+
+    Attributes:
+        margin: Best score minus the median score.
+        timings_s: Seconds per stage.
+    """
+
+    version: Version
+    plan: Plan
+    base_fingerprint: str
+    candidates: tuple[Candidate, ...]
+    margin: float | None
+    timings_s: dict[str, float]
+    _pending: Pending = field(repr=False)
+    _samples: Tensor = field(repr=False)
+
+    @property
+    def ranked(self) -> bool:
+        """Whether the order is by score; else it is by seed."""
+        return self.candidates[0].score is not None
+
+    def picture(self, place: int) -> Tensor:
+        """The candidate at a place of the list, at the image's own resolution, 8 bit. [3, H, W]
+
+        Made on demand: sixteen candidates of a large photograph would take gigabytes.
+        """
+        sample = self._samples[self.candidates[place].sample][None]
+        pending = self._pending
+        target, mask = to_pixels(pending.image), pending.mask.float()
+        return to_bytes(paste(sample, pending.window, target, mask, self.plan.feather_px)[0])
+
+
+class Road:
+    """Joins registry, engine and matcher; safe to use from many threads."""
+
+    def __init__(
+        self,
+        base: Base,
+        registry: Registry,
+        engine: Lane,
+        matcher: Matcher | None,
+        *,
+        max_capsules: int = 64,
+    ) -> None:
+        self.base = base
+        self.registry = registry
+        self.engine = engine
+        self.matcher = matcher
+        self._max_capsules = max_capsules
+        self._capsules: OrderedDict[str, Loaded] = OrderedDict()
+        self._load_lock = threading.Lock()
+        # Rankings compete with the lane for the device; one at a time bounds their memory.
+        self._rank_lock = threading.Lock()
+        self._open = False
+
+    @property
+    def ready(self) -> bool:
+        """Whether completions are taken."""
+        return self._open
+
+    def start(self) -> None:
+        """Start the lane."""
+        self.engine.start()
+        self._open = True
+
+    def close(self) -> None:
+        """End the lane within a step; what is in it is cancelled."""
+        self._open = False
+        self.engine.close(drain=False)
+
+    def complete(
+        self,
+        reference: str,
+        image: Tensor,
+        mask: Tensor,
+        plan: Plan,
+        cancel: threading.Event | None = None,
+    ) -> Answer:
+        """Complete an image, from its pixels to ranked candidates, and wait for it.
+
+        Args:
+            reference: ``tower``, ``tower@candidate``, ``tower@3`` or ``sha256:<64 hex>``.
+            image: 8-bit pixels. [3, H, W]
+            mask: True where pixels are missing. [H, W]
+            plan: Seeds, steps, sampler and feather.
+            cancel: Set it to give the work up within a step.
+
+        Raises:
+            RegistryError: The scene is unknown, or its capsule is damaged or out of reach.
+            AdapterMismatch: The capsule is for another base.
+            QueueFull: The lane has too much to do.
+            Cancelled: ``cancel`` was set.
+        """
+        pending = self.begin(reference, image, mask, plan, cancel or threading.Event())
+        return self.finish(pending, pending.future.result())
+
+    def begin(
+        self, reference: str, image: Tensor, mask: Tensor, plan: Plan, cancel: threading.Event
+    ) -> Pending:
+        """Everything before the lane; arguments and errors as for ``complete``."""
+        if cancel.is_set():
+            raise Cancelled("Nobody waits for this completion any more.")
+        timings: dict[str, float] = {}
+        # From here on the digest is pinned: an alias that moves meanwhile moves the next request.
+        version = _timed(timings, "resolve", lambda: self.registry.resolve(reference))
+        loaded = _timed(timings, "capsule", lambda: self._load(version))
+        size_px = self.base.size_px
+        window = window_of(mask, size_px)
+        job = Job(
+            digest=version.digest,
+            adapter=loaded.capsule.adapter,
+            prompt_embedding=loaded.capsule.prompt_embedding,
+            target=crop(to_pixels(image), window, size_px),
+            mask=crop_mask(mask.float(), window, size_px),
+            seeds=plan.seeds,
+            steps=plan.steps,
+            sampler=plan.sampler,
+            cancel=cancel,
+            on_step=None,
+        )
+        future = self.engine.submit(job)
+        return Pending(version, loaded, plan, image, mask, window, job, future, timings)
+
+    def finish(self, pending: Pending, sampled: Sampled) -> Answer:
+        """Everything after the lane: rank the samples on the window the model saw."""
+        timings = pending.timings_s
+        timings["queue"] = sampled.queued_s
+        timings["swap"] = sampled.swap_s
+        timings["sample"] = sampled.sample_s
+        timings["decode"] = sampled.decode_s
+        samples = sampled.samples.float().cpu()
+        ranking = _timed(timings, "rank", lambda: self._rank(pending, samples))
+        return Answer(
+            version=pending.version,
+            plan=pending.plan,
+            base_fingerprint=self.base.fingerprint,
+            candidates=_candidates(pending.plan.seeds, ranking),
+            margin=ranking.margin if ranking else None,
+            timings_s=timings,
+            _pending=pending,
+            _samples=samples,
+        )
+
+    def _rank(self, pending: Pending, samples: Tensor) -> Ranking | None:
+        references = pending.loaded.references
+        if references is None or self.matcher is None:
+            return None
+        job, size_px = pending.job, self.base.size_px
+        feather_px = round(pending.plan.feather_px * size_px / pending.window.side)
+        candidates = composite(samples, job.target, job.mask, feather_px=feather_px)
+        with self._rank_lock:
+            return rank_candidates(self.matcher, candidates, job.mask, references)
+
+    def _load(self, version: Version) -> Loaded:
+        """The capsule of a version, from memory or from the registry. Least recently used goes."""
+        with self._load_lock:
+            loaded = self._capsules.get(version.digest)
+            if loaded is None:
+                capsule = self.check(self.registry.fetch(f"sha256:{version.digest}"))
+                loaded = Loaded(capsule, self._prepare(capsule))
+                self._capsules[version.digest] = loaded
+                while len(self._capsules) > self._max_capsules:
+                    self._capsules.popitem(last=False)
+            self._capsules.move_to_end(version.digest)
+            return loaded
+
+    def check(self, encoded: bytes) -> Capsule:
+        """Read a capsule and make sure that this service can serve it.
+
+        Raises:
+            InvalidCapsule: It is not sound, or its references are no pictures to rank by.
+            AdapterMismatch: It is for another base.
+        """
+        capsule = read_capsule(encoded, self.base)
+        for name, photo in _references(capsule).items():
+            sides = photo.shape[1:]
+            sound = photo.dtype == torch.uint8 and photo.dim() == 3 and photo.shape[0] == 3
+            if not sound or not MIN_REFERENCE_PX <= min(sides) <= max(sides) <= MAX_REFERENCE_PX:
+                raise InvalidCapsule(
+                    f"The capsule's {name} is {photo.dtype} {list(photo.shape)}: write it as "
+                    f"uint8 [3, H, W] with sides of {MIN_REFERENCE_PX} to {MAX_REFERENCE_PX} px."
+                )
+        return capsule
+
+    def _prepare(self, capsule: Capsule) -> ReferenceFeatures | None:
+        photos = [to_pixels(photo) for photo in _references(capsule).values()]
+        if not photos or self.matcher is None:
+            return None
+        return prepare_references(self.matcher, photos)
+
+
+def _references(capsule: Capsule) -> dict[str, Tensor]:
+    """The pictures to rank by, by name."""
+    return {k: capsule.extras[k] for k in sorted(capsule.extras) if k.startswith(REFERENCES)}
+
+
+def _candidates(seeds: tuple[int, ...], ranking: Ranking | None) -> tuple[Candidate, ...]:
+    """Best first where there is a ranking, else by seed."""
+    if ranking is None:
+        return tuple(Candidate(k, seed) for k, seed in enumerate(seeds))
+    return tuple(
+        Candidate(
+            sample=k,
+            seed=seeds[k],
+            score=int(ranking.scores[k]),
+            per_reference=tuple(ranking.per_reference[k].tolist()),
+            confidence=float(ranking.confidence[k]),
+            coverage=float(ranking.coverage[k]),
+        )
+        for k in ranking.order.tolist()
+    )
+
+
+def _timed(timings_s: dict[str, float], stage: str, work: Callable[[], T]) -> T:
+    started = time.perf_counter()
+    value = work()
+    timings_s[stage] = time.perf_counter() - started
+    return value

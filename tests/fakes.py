@@ -1,0 +1,156 @@
+"""Stand-ins that are passed in: engines slow, full or broken, and a matcher that sees light."""
+
+from __future__ import annotations
+
+import threading
+import time
+from concurrent.futures import Future
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from realfill.base import Base
+from realfill.rank import Correspondences, Features, Matcher
+from registry import Registry
+from service.engine import Job, Sampled
+from service.errors import Cancelled, QueueFull
+from service.road import Lane, Road
+
+
+class LightMatcher:
+    """Matches every cell of image 0 that is brighter than one half, so the brightest wins."""
+
+    name = "light"
+    size_multiple = 8
+    working_px = 32
+
+    def features(self, images: Tensor) -> Features:
+        """Mean brightness of each cell of 8 px."""
+        cells = torch.nn.functional.avg_pool2d(images, 8)
+        return Features(cells.flatten(1)[..., None], (cells.shape[-2], cells.shape[-1]))
+
+    def match(self, features0: Features, features1: Features) -> Correspondences:
+        """Bright cells, each matched with the reference's first cell."""
+        light = features0.tokens[..., 0]
+        pair, cell = torch.where(light > 0.5)
+        columns = features0.grid[1]
+        points0 = torch.stack([cell % columns, cell // columns], 1).float() * 8
+        return Correspondences(points0, torch.zeros_like(points0), light[pair, cell], pair)
+
+
+class GreyEngine:
+    """Answers at once: the sample of seed k is grey, 25 k of 255."""
+
+    def __init__(self) -> None:
+        self.jobs: list[Job] = []
+
+    @property
+    def pending(self) -> int:
+        """Nothing ever waits."""
+        return 0
+
+    def start(self) -> None:
+        """Nothing to start."""
+
+    def close(self, *, drain: bool = True) -> None:
+        """Nothing to close."""
+
+    def submit(self, job: Job) -> Future[Sampled]:
+        """Done before it returns."""
+        self.jobs.append(job)
+        levels = torch.tensor([seed * 25 / 255 for seed in job.seeds])
+        samples = levels[:, None, None, None].expand(-1, *job.target.shape).clone()
+        done: Future[Sampled] = Future()
+        done.set_result(Sampled(samples, job.digest, swap_s=0.001, sample_s=0.002, decode_s=0.003))
+        return done
+
+
+class SlowEngine(GreyEngine):
+    """Takes a step every 10 ms, for ever, until the job's flag is set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.started = threading.Event()
+        self.freed = threading.Event()
+        self.steps = 0
+
+    def submit(self, job: Job) -> Future[Sampled]:
+        """Run the job in a thread of its own."""
+        future: Future[Sampled] = Future()
+        # As the lane does: from now on nobody but the job's flag can cancel it.
+        future.set_running_or_notify_cancel()
+
+        def drive() -> None:
+            self.started.set()
+            while not job.cancel.is_set():
+                self.steps += 1
+                time.sleep(0.01)
+            self.freed.set()
+            future.set_exception(Cancelled("the job was cancelled"))
+
+        threading.Thread(target=drive, daemon=True).start()
+        return future
+
+
+class FullEngine(GreyEngine):
+    """Never has room."""
+
+    def submit(self, job: Job) -> Future[Sampled]:
+        """Refuse."""
+        raise QueueFull("3 jobs wait already; try again in 8 s", retry_after_s=7.2)
+
+
+class BrokenEngine(GreyEngine):
+    """Fails in a way that nobody foresaw."""
+
+    def submit(self, job: Job) -> Future[Sampled]:
+        """Fail with a text that no client should read."""
+        future: Future[Sampled] = Future()
+        future.set_exception(RuntimeError("CUDA error at 0xdeadbeef in /secret/path"))
+        return future
+
+
+def road_of(
+    base: Base,
+    folder: Path,
+    engine: Lane | None = None,
+    matcher: Matcher | None = None,
+    max_capsules: int = 4,
+) -> Road:
+    """A road over a real registry in a folder, by default with a fake engine and matcher."""
+    return Road(
+        base,
+        Registry.open(folder / "registry"),
+        engine or GreyEngine(),
+        matcher or LightMatcher(),
+        max_capsules=max_capsules,
+    )
+
+
+def photo(width: int = 48, height: int = 40, seed: int = 0) -> np.ndarray:
+    """A picture of noise, dim enough that a fill is told from it. [H, W, 3] uint8"""
+    return np.random.default_rng(seed).integers(0, 100, (height, width, 3), dtype=np.uint8)
+
+
+def hole(width: int = 48, height: int = 40) -> np.ndarray:
+    """A mask with a square hole of 12 px in the middle. [H, W] uint8"""
+    mask = np.zeros((height, width), dtype=np.uint8)
+    top, left = height // 2 - 6, width // 2 - 6
+    mask[top : top + 12, left : left + 12] = 255
+    return mask
+
+
+def encoded(pixels: np.ndarray, image_format: str = "PNG") -> bytes:
+    """The pixels as a file."""
+    file = BytesIO()
+    Image.fromarray(pixels).save(file, image_format)
+    return file.getvalue()
+
+
+def decoded(file: bytes) -> np.ndarray:
+    """The file's pixels."""
+    return np.asarray(Image.open(BytesIO(file)))

@@ -1,0 +1,227 @@
+"""The training loop on a tiny base."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from realfill.adapt.lora import drop, factors_in, parameters_of
+from realfill.adapt.loss import target_of, weighted_error
+from realfill.adapt.pool import blank, draw, encode
+from realfill.adapt.probe import new_probe, reading
+from realfill.adapt.training import Record, train
+from realfill.base import Base
+from realfill.capsule import read_capsule
+from realfill.config import TrainingConfig, preset
+from realfill.errors import TrainingDiverged
+from realfill.scene import Scene
+from tests.tiny import tiny_base
+
+
+@pytest.fixture
+def base() -> Base:
+    """Random weights, 32 px."""
+    return tiny_base()
+
+
+@pytest.fixture
+def scene() -> Scene:
+    """Two references and a target with a hole in the middle."""
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.zeros(40, 60)
+    mask[10:25, 20:40] = 1
+    return Scene(
+        name="tower",
+        references=(
+            torch.rand(3, 50, 40, generator=generator),
+            torch.rand(3, 33, 47, generator=generator),
+        ),
+        target=torch.rand(3, 40, 60, generator=generator),
+        mask=mask,
+        truth=None,
+        digests={"ref/0.png": "ab" * 32},
+    )
+
+
+def small(**changes: object) -> TrainingConfig:
+    """A configuration of six steps."""
+    values: dict[str, object] = {
+        "steps": 6,
+        "batch": 4,
+        "rank": 4,
+        "alpha": 8.0,
+        "pool": 8,
+        "probe_every": 3,
+    }
+    return preset("demo", **{**values, **changes})
+
+
+def last_of(
+    base: Base, scene: Scene, config: TrainingConfig, checkpoint: Path | None = None
+) -> Record:
+    """The last record of a run."""
+    *_, record = train(base, scene, config, checkpoint=checkpoint)
+    return record
+
+
+def test_same_inputs_give_the_same_bytes_and_leave_the_base_alone(base: Base, scene: Scene) -> None:
+    """Two runs on one base end with equal capsules, and the base is what it was."""
+    before = {name: tensor.clone() for name, tensor in base.unet.state_dict().items()}
+    first, second = (last_of(base, scene, small()).capsule for _ in range(2))
+    assert first == second
+    after = base.unet.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert not any(p.requires_grad for p in base.unet.parameters())
+
+
+def test_another_seed_gives_another_capsule(base: Base, scene: Scene) -> None:
+    """The seed decides the draws."""
+    assert last_of(base, scene, small()).capsule != last_of(base, scene, small(seed=1)).capsule
+
+
+def test_interrupted_run_resumes_to_the_same_bytes(
+    base: Base, scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that was stopped after its checkpoint ends as if it had not been."""
+    monkeypatch.setattr("realfill.adapt.training.CHECKPOINT_EVERY", 2)
+    whole = last_of(base, scene, small()).capsule
+    checkpoint = tmp_path / "run.checkpoint"
+    run = train(base, scene, small(), checkpoint=checkpoint)
+    for record in run:
+        if record.step == 5:
+            break
+    run.close()
+    assert checkpoint.exists()
+    steps = [r.step for r in train(base, scene, small(), checkpoint=checkpoint)]
+    assert steps[0] == 5
+    # Once more, for the bytes.
+    run = train(base, scene, small(), checkpoint=checkpoint)
+    for record in run:
+        if record.step == 5:
+            break
+    run.close()
+    assert last_of(base, scene, small(), checkpoint).capsule == whole
+    assert not checkpoint.exists()
+
+
+def test_checkpoint_of_another_configuration_is_not_resumed(
+    base: Base, scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other settings start from the first step."""
+    monkeypatch.setattr("realfill.adapt.training.CHECKPOINT_EVERY", 2)
+    checkpoint = tmp_path / "run.checkpoint"
+    run = train(base, scene, small(), checkpoint=checkpoint)
+    for record in run:
+        if record.step == 3:
+            break
+    run.close()
+    assert next(iter(train(base, scene, small(rank=2, alpha=4.0), checkpoint=checkpoint))).step == 1
+
+
+def test_training_lowers_the_probe(base: Base, scene: Scene) -> None:
+    """Sixty steps at a high rate fit the fixed probe better than none."""
+    config = small(steps=60, probe_every=60, rate_unet=1e-2)
+    readings = [r.probe for r in train(base, scene, config) if r.probe is not None]
+    assert len(readings) == 2
+    assert readings[-1] < readings[0]
+
+
+def test_capsule_carries_what_serving_needs(base: Base, scene: Scene) -> None:
+    """Factors for every target module, the prompt's embedding, references and the report."""
+    capsule = read_capsule(last_of(base, scene, small()).capsule or b"", base)
+    assert len(capsule.adapter.factors) == len(
+        [n for n, _ in base.unet.named_modules() if n.endswith(base.adapter_modules)]
+    )
+    assert capsule.text_adapter.factors
+    assert not torch.equal(capsule.prompt_embedding.float(), base.embed().half().float())
+    assert capsule.extras["references.0"].dtype == torch.uint8
+    assert capsule.header.training["samples"] == 24
+    assert dict(capsule.header.digests) == scene.digests
+
+
+def test_loss_that_is_not_finite_stops_the_run(base: Base, scene: Scene) -> None:
+    """A rate far too high is named, with a remedy."""
+    with pytest.raises(TrainingDiverged, match="rate_unet below"):
+        last_of(base, scene, small(steps=40, rate_unet=1e30, clip_norm=1e30, probe_every=0))
+
+
+def test_targets_hole_never_counts_and_never_shows(base: Base, scene: Scene) -> None:
+    """What lies in the target's hole changes neither loss weights' cells nor the conditioning."""
+    other = Scene(scene.name, scene.references, scene.target.clone(), scene.mask, None, {})
+    other.target[:, scene.mask.bool()] = 0.9
+    draws = [
+        draw(base, s, 24, torch.Generator().manual_seed(3), zoom=1.125) for s in (scene, other)
+    ]
+    assert torch.equal(draws[0].masked, draws[1].masked)
+    assert torch.equal(draws[0].masks, draws[1].masks)
+    changed = (draws[0].latents != draws[1].latents).any(1).any(1).any(1)
+    assert changed.any()
+    # Every draw of the target masks its own hole, by more than that hole alone.
+    assert bool((draws[0].masks[changed].sum((1, 2, 3)) > 0).all())
+    assert bool((draws[0].weights[changed].sum((1, 2, 3)) < 16).all())
+
+
+def test_references_count_everywhere(base: Base, scene: Scene) -> None:
+    """Where nothing is missing from a picture, all of its cells weigh one."""
+    draws = encode(
+        base, torch.rand(2, 3, 32, 32), torch.ones(2, 1, 32, 32), torch.ones(2, 1, 32, 32)
+    )
+    assert bool((draws.weights == 1).all())
+    assert torch.allclose(draws.masked, blank(base).expand_as(draws.masked), atol=1e-5)
+
+
+@given(st.integers(0, 2**31), st.floats(0.1, 10))
+@settings(max_examples=25, deadline=None)
+def test_error_is_normalised_by_its_weights(seed: int, gain: float) -> None:
+    """A half-unknown sample weighs as much as a whole one; an unknown one adds nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    predicted = torch.randn(3, 2, 4, 4, generator=generator)
+    target = predicted + gain
+    weights = torch.ones(3, 1, 4, 4)
+    weights[1, :, :2] = 0
+    weights[2] = 0
+    assert weighted_error(predicted, target, weights).item() == pytest.approx(gain**2, rel=1e-4)
+
+
+def test_target_follows_the_schedulers_prediction_type() -> None:
+    """eps for eps-prediction, velocity for v-prediction."""
+    latents, noise = torch.randn(2, 4, 4, 4), torch.randn(2, 4, 4, 4)
+    timesteps = torch.tensor([10, 900])
+    eps, velocity = (
+        tiny_base(prediction_type=kind).scheduler for kind in ("epsilon", "v_prediction")
+    )
+    assert torch.equal(target_of(eps, latents, noise, timesteps), noise)
+    expected = velocity.get_velocity(latents, noise, timesteps)
+    assert torch.equal(target_of(velocity, latents, noise, timesteps), expected)
+
+
+def test_layers_are_dropped_one_by_one(base: Base) -> None:
+    """In layer mode some branches are off and some on; in mode all they agree."""
+    for mode, kinds in (("layer", 2), ("all", 1)):
+        config = small(lora_dropout=0.5, lora_drop_mode=mode)
+        with factors_in(base.unet, base.adapter_modules, config) as layers:
+            drop(layers, config, torch.Generator().manual_seed(0))
+            scalings = {layer.scaling["scene"] for layer in layers}
+            assert len(scalings) == kinds
+            assert scalings <= {0.0, config.scale}
+
+
+def test_fresh_factors_change_nothing(base: Base) -> None:
+    """lora_B starts at zero: the first prediction is the base's, and factors come in pairs."""
+    latents, prompt = torch.randn(1, 9, 4, 4), base.embed()[None]
+    plain = base.unet(latents, torch.tensor([5]), prompt).sample
+    with factors_in(base.unet, base.adapter_modules, small()) as layers:
+        assert len(parameters_of(layers)) == 2 * len(layers)
+        adapted = base.unet(latents, torch.tensor([5]), prompt).sample
+    assert torch.allclose(plain, adapted, atol=1e-6)
+
+
+def test_probe_reads_the_same_twice(base: Base, scene: Scene) -> None:
+    """Nothing random is left in a reading."""
+    probe = new_probe(base, scene, 0, zoom=1.125)
+    assert reading(base, probe, base.embed()) == reading(base, probe, base.embed())

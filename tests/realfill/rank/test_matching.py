@@ -1,0 +1,203 @@
+"""The coarse matcher finds exactly what plain kornia finds."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from kornia.feature import LoFTR
+from kornia.feature.loftr.loftr import default_cfg, urls
+from safetensors.torch import save_file
+from torch import Tensor
+
+from realfill.nano.pretrain_matcher import CONFIG
+from realfill.rank import matching
+from realfill.rank.matching import CoarseLoFTR, LoFTRMatcher, MatcherUnavailable, loftr
+
+
+def _config(base: dict[str, Any], threshold: float) -> dict[str, Any]:
+    config = copy.deepcopy(base)
+    config["resolution"] = tuple(config["resolution"])
+    config["match_coarse"] |= {"thr": threshold, "border_rm": 0}
+    return config
+
+
+def _plain(config: dict[str, Any]) -> LoFTR:
+    torch.manual_seed(0)
+    return LoFTR(None, config).eval()
+
+
+def _matcher(plain: LoFTR) -> LoFTRMatcher:
+    net = CoarseLoFTR(plain.config)
+    weights = plain.state_dict()
+    net.load_state_dict({name: weights[name] for name in net.state_dict()})
+    return LoFTRMatcher(net, name="test", working_px=64, device=torch.device("cpu"))
+
+
+def _images(height: int, width: int) -> tuple[Tensor, Tensor]:
+    """Three pairs: shifted by a cell, shifted and dimmed, and unrelated."""
+    generator = torch.Generator().manual_seed(1)
+    images0 = torch.rand((3, 1, height, width), generator=generator)
+    images1 = images0.roll(8, -1)
+    images1[1] *= 0.7
+    images1[2] = torch.rand((1, height, width), generator=generator)
+    return images0, images1
+
+
+# Random weights are rarely sure, so thresholds are low enough for matches to exist.
+@pytest.mark.parametrize(("base", "threshold"), [(default_cfg, 1e-3), (CONFIG, 2e-2)])
+@torch.no_grad()
+def test_matches_equal_plain_kornia(base: dict[str, Any], threshold: float) -> None:
+    """Points, pairs and counts equal ``LoFTR.forward`` pair by pair, in both configurations."""
+    plain = _plain(_config(base, threshold))
+    matcher = _matcher(plain)
+    images0, images1 = _images(64, 96)
+    found = matcher.match(matcher.features(images0), matcher.features(images1))
+    for pair in range(3):
+        truth = plain({"image0": images0[pair, None], "image1": images1[pair, None]})
+        mine = found.of_pair(pair)
+        assert len(mine) == len(truth["confidence"]) > 0
+        assert torch.equal(mine.points0, truth["keypoints0"])
+        assert (mine.points1 - truth["keypoints1"]).abs().max() <= 4
+        torch.testing.assert_close(mine.confidence, truth["confidence"], rtol=1e-4, atol=1e-6)
+
+
+@torch.no_grad()
+def test_matches_equal_plain_kornia_for_images_of_two_sizes() -> None:
+    """The two sides of a pair need not have one size."""
+    plain = _plain(_config(CONFIG, 2e-2))
+    matcher = _matcher(plain)
+    images0, _ = _images(64, 96)
+    images1 = images0[..., 8:56, 16:]
+    found = matcher.match(matcher.features(images0), matcher.features(images1))
+    truth = plain({"image0": images0, "image1": images1})
+    assert len(truth["confidence"]) > 0
+    assert torch.equal(found.pair, truth["batch_indexes"])
+    assert torch.equal(found.points0, truth["keypoints0"])
+
+
+def test_chunks_do_not_change_the_matches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pairs matched one by one give what they give together."""
+    matcher = _matcher(_plain(_config(CONFIG, 2e-2)))
+    images0, images1 = _images(64, 64)
+    features = matcher.features(images0), matcher.features(images1)
+    together = matcher.match(*features)
+    monkeypatch.setattr(matching, "CHUNK_BYTES", 1)
+    alone = matcher.match(*features)
+    assert len(together) > 0
+    assert torch.equal(together.pair, alone.pair)
+    assert torch.equal(together.points1, alone.points1)
+
+
+def test_one_reference_is_matched_with_every_candidate() -> None:
+    """A single image 1 stands for as many as there are images 0."""
+    matcher = _matcher(_plain(_config(CONFIG, 2e-2)))
+    images0, images1 = _images(64, 64)
+    one = matcher.match(matcher.features(images0), matcher.features(images1[:1]))
+    many = matcher.match(matcher.features(images0), matcher.features(images1[[0, 0, 0]]))
+    assert torch.equal(one.pair, many.pair)
+    assert torch.equal(one.points1, many.points1)
+
+
+def test_uneven_batches_are_refused() -> None:
+    """Two images cannot be paired with three."""
+    matcher = _matcher(_plain(_config(CONFIG, 0.2)))
+    images0, images1 = _images(64, 64)
+    with pytest.raises(ValueError, match="2 images cannot be paired with 3"):
+        matcher.match(matcher.features(images0[:2]), matcher.features(images1))
+
+
+def test_sides_beyond_the_multiple_are_refused() -> None:
+    """A side of 60 px is no number of cells."""
+    matcher = _matcher(_plain(_config(CONFIG, 0.2)))
+    with pytest.raises(ValueError, match="multiples of 8"):
+        matcher.features(torch.zeros(1, 1, 60, 64))
+
+
+def test_matches_at_the_border_count() -> None:
+    """An image matched with itself matches in its corner cells too."""
+    matcher = _matcher(_plain(_config(CONFIG, 0.0)))
+    images0, _ = _images(64, 64)
+    features = matcher.features(images0[:1])
+    points = matcher.match(features, features).points0
+    assert points.min() == 0
+    assert points.max() == 56
+
+
+def test_a_file_with_its_configuration_loads(tmp_path: Path) -> None:
+    """Weights and configuration of a safetensors file give the matcher that wrote them."""
+    plain = _plain(_config(CONFIG, 2e-2))
+    path = tmp_path / "small.safetensors"
+    save_file(dict(plain.state_dict()), path, {"config": json.dumps(plain.config)})
+    images0, images1 = _images(64, 64)
+    counts = []
+    for matcher in (_matcher(plain), loftr(path)):
+        found = matcher.match(matcher.features(images0), matcher.features(images1))
+        counts.append(torch.bincount(found.pair, minlength=3).tolist())
+    assert counts[0] == counts[1]
+    assert sum(counts[0]) > 0
+
+
+def test_a_checkpoint_of_the_full_model_loads(tmp_path: Path) -> None:
+    """The published ``.ckpt`` form loads with the full configuration."""
+    plain = _plain(_config(default_cfg, 0.2))
+    path = tmp_path / "outdoor.ckpt"
+    weights = {f"matcher.{name}": tensor for name, tensor in plain.state_dict().items()}
+    torch.save({"state_dict": weights}, path)
+    matcher = loftr(path)
+    assert matcher.working_px == 512
+    key = "loftr_coarse.layers.7.norm2.weight"
+    assert torch.equal(matcher.net.state_dict()[key], plain.state_dict()[key])
+
+
+def test_missing_weights_name_the_file_and_the_remedy(tmp_path: Path) -> None:
+    """A path that does not exist is answered with a way out."""
+    with pytest.raises(MatcherUnavailable, match=r"absent\.safetensors do not exist; pass"):
+        loftr(tmp_path / "absent.safetensors")
+
+
+def test_torn_weights_are_refused(tmp_path: Path) -> None:
+    """Bytes that are no safetensors file are refused."""
+    path = tmp_path / "torn.safetensors"
+    path.write_bytes(b"torn")
+    with pytest.raises(MatcherUnavailable, match="cannot be read"):
+        loftr(path)
+
+
+def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
+    """Weights that lack the matcher's tensors are refused, and a missing one is named."""
+    path = tmp_path / "other.safetensors"
+    save_file({"weight": torch.zeros(3)}, path)
+    with pytest.raises(MatcherUnavailable, match=r"missing.*backbone"):
+        loftr(path)
+
+
+def test_an_unreachable_hub_is_answered(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Published weights that cannot be downloaded are answered with a way out."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setitem(urls, "outdoor", [(tmp_path / "loftr_outdoor.ckpt").as_uri()])
+    with pytest.raises(MatcherUnavailable, match="could not be downloaded"):
+        loftr("outdoor")
+
+
+@torch.no_grad()
+def test_a_bfloat16_backbone_keeps_the_order_of_counts() -> None:
+    """Reduced precision of the backbone changes counts little."""
+    plain = _plain(_config(CONFIG, 2e-2))
+    exact = _matcher(plain)
+    net = CoarseLoFTR(plain.config)
+    net.load_state_dict(exact.net.state_dict())
+    half = LoFTRMatcher(
+        net, name="half", working_px=64, device=torch.device("cpu"), dtype=torch.bfloat16
+    )
+    images0, images1 = _images(64, 64)
+    counts = [
+        torch.bincount(m.match(m.features(images0), m.features(images1)).pair, minlength=3)
+        for m in (exact, half)
+    ]
+    assert torch.equal(counts[0].argsort(stable=True), counts[1].argsort(stable=True))
+    assert half.features(images0).tokens.dtype == torch.float32

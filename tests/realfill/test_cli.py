@@ -1,0 +1,98 @@
+"""The command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
+
+from realfill.capsule import read_capsule
+from realfill.cli import main
+from tests.tiny import save_tiny_base, tiny_base
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A scene of two references on disk."""
+    generator = torch.Generator().manual_seed(0)
+
+    def save(path: Path, mode: str) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = torch.randint(0, 256, (40, 48, 3), generator=generator, dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).convert(mode).save(path)
+
+    for name in ("ref/a.png", "ref/b.png", "target/target.png"):
+        save(tmp_path / "tower" / name, "RGB")
+    mask = torch.zeros(40, 48, dtype=torch.uint8)
+    mask[10:20, 12:30] = 255
+    Image.fromarray(mask.numpy()).save(tmp_path / "tower" / "target" / "mask.png")
+    return tmp_path / "tower"
+
+
+def run(*words: object) -> tuple[int, str]:
+    """Exit status and everything that was printed."""
+    outcome = CliRunner().invoke(main, [str(word) for word in words])
+    return outcome.exit_code, outcome.output
+
+
+def test_help_names_every_command() -> None:
+    """Commands of other packages hang in by entry point."""
+    status, text = run("--help")
+    assert status == 0
+    for command in ("complete", "demo", "pretrain", "registry", "serve", "train"):
+        assert command in text
+
+
+def test_train_writes_a_capsule(folder: Path, tmp_path: Path) -> None:
+    """Photos in, a capsule for that base out, and the outcome as JSON."""
+    base = save_tiny_base(tmp_path / "base")
+    words = ["--set", "steps=2", "--set", "pool=4", "--set", "batch=2", "--set", "rank=2"]
+    outcome = CliRunner().invoke(
+        main,
+        ["train", str(folder), "--base", str(base), *words, "--set", "alpha=2.0", "--json"],
+        catch_exceptions=False,
+    )
+    assert outcome.exit_code == 0
+    report = json.loads(outcome.stdout)
+    capsule = read_capsule((folder / "capsule.safetensors").read_bytes(), tiny_base())
+    assert capsule.header.scene == "tower"
+    assert capsule.header.rank == 2
+    assert report["steps"] == 2
+    assert not list(folder.glob("*.checkpoint"))
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (("--set", "colour=1"), "Unknown training option"),
+        (("--set", "steps"), "has no value"),
+        (("--base", "./nowhere"), "No base"),
+        (("--device", "cuda:7"), "sees no GPU"),
+        (("--out", "/nowhere/at/all.safetensors"), "is no folder"),
+    ],
+)
+def test_wrong_option_is_answered(folder: Path, words: tuple[str, ...], sentence: str) -> None:
+    """One sentence with the remedy, and status 2."""
+    status, text = run("train", folder, *words)
+    assert status == 2
+    assert sentence in text.replace("\n", " ")
+    assert "Traceback" not in text
+
+
+def test_wrong_scene_is_answered(folder: Path) -> None:
+    """No references and six references each get their sentence."""
+    for k in range(6):
+        (folder / "ref" / f"more{k}.png").write_bytes((folder / "ref" / "a.png").read_bytes())
+    status, text = run("train", folder)
+    assert status == 2
+    assert "reference" in text
+    for path in (folder / "ref").iterdir():
+        path.unlink()
+    status, text = run("train", folder)
+    assert status == 2
+    assert "reference" in text
+    assert not (folder / "capsule.safetensors").exists()

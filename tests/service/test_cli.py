@@ -1,0 +1,50 @@
+"""The commands, where they refuse; test_process.py runs them whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from service.cli import complete, serve
+from tests.fakes import encoded, hole, photo
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> list[str]:
+    image, mask = tmp_path / "image.png", tmp_path / "mask.png"
+    image.write_bytes(encoded(photo()))
+    mask.write_bytes(encoded(hole()))
+    return [str(image), str(mask)]
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--host", "0.0.0.0"], "no authentication yet"),
+        (["--port", "99999"], "REALFILL_PORT is 99999"),
+        (["--registry", "/proc/none"], "/proc/none"),
+    ],
+)
+def test_serve_refuses_bad_settings_in_one_sentence(options: list[str], sentence: str) -> None:
+    """Exit status 2, before any process starts."""
+    ended = CliRunner().invoke(serve, options)
+    assert ended.exit_code == 2
+    assert sentence in ended.output
+    assert ended.output.startswith("Error: ")
+    assert ended.output.count("\n") == 1
+
+
+def test_complete_without_a_service_says_how_to_start_one(pictures: list[str]) -> None:
+    """Port 1 of this machine has no listener."""
+    ended = CliRunner().invoke(complete, ["tower", *pictures, "--url", "http://127.0.0.1:1"])
+    assert ended.exit_code == 2
+    assert "start it with `realfill serve`" in ended.output
+
+
+def test_complete_refuses_a_name_without_a_known_ending(pictures: list[str]) -> None:
+    """Before anything is sampled."""
+    ended = CliRunner().invoke(complete, ["tower", *pictures, "--out", "best.gif"])
+    assert ended.exit_code == 2
+    assert "--out is best.gif" in ended.output

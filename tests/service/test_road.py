@@ -1,0 +1,198 @@
+"""The road of one completion, over a real registry and the tiny base."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from realfill.base import Base
+from realfill.capsule import read_capsule, write_capsule
+from realfill.errors import AdapterMismatch, InvalidCapsule
+from registry.errors import CorruptObject, NotFound
+from service.engine import Engine
+from service.errors import Cancelled
+from service.road import Plan, Road
+from tests.fakes import GreyEngine, hole, photo, road_of
+from tests.tiny import tiny_base, tiny_capsule
+
+PLAN = Plan(seeds=(1, 2, 9), steps=2, sampler="ddim", feather_px=2)
+
+
+@pytest.fixture(scope="module")
+def base() -> Base:
+    return tiny_base()
+
+
+@pytest.fixture(scope="module")
+def tower(base: Base) -> bytes:
+    return tiny_capsule(base, "tower", seed=1)
+
+
+@pytest.fixture
+def road(base: Base, tower: bytes, tmp_path: Path) -> Road:
+    road = road_of(base, tmp_path)
+    road.registry.publish(tower)
+    return road
+
+
+@pytest.fixture
+def real(tower: bytes, tmp_path: Path) -> Iterator[Road]:
+    base = tiny_base()
+    road = road_of(base, tmp_path, Engine(base))
+    road.registry.publish(tower)
+    road.start()
+    yield road
+    road.close()
+
+
+@pytest.fixture
+def image() -> Tensor:
+    return torch.from_numpy(photo()).permute(2, 0, 1).contiguous()
+
+
+@pytest.fixture
+def mask() -> Tensor:
+    return torch.from_numpy(hole()) > 0
+
+
+def test_candidates_come_best_first(road: Road, image: Tensor, mask: Tensor) -> None:
+    """The brightest fill matches in most cells of the hole, for both references of the capsule."""
+    answer = road.complete("tower", image, mask, PLAN)
+    assert answer.ranked
+    assert [candidate.seed for candidate in answer.candidates] == [9, 1, 2]
+    best, dark = answer.candidates[0], answer.candidates[1]
+    assert best.score == sum(best.per_reference or ()) > 0
+    assert len(best.per_reference or ()) == 2
+    assert dark.score == 0
+    assert answer.margin == best.score
+
+
+def test_the_best_picture_is_the_image_with_the_hole_filled(
+    road: Road, image: Tensor, mask: Tensor
+) -> None:
+    """The hole takes the sample; beyond the feather every byte is the upload's."""
+    picture = road.complete("tower", image, mask, PLAN).picture(0)
+    assert picture.shape == image.shape
+    assert (picture[:, mask] == 225).all()
+    beyond = torch.ones_like(mask)
+    beyond[11:29, 15:33] = False  # the hole of 12 px, and 2 px of feather and 1 of ramp around it
+    assert torch.equal(picture[:, beyond], image[:, beyond])
+
+
+def test_a_capsule_without_references_keeps_the_order_of_seeds(
+    road: Road, base: Base, tower: bytes, image: Tensor, mask: Tensor
+) -> None:
+    """There is nothing to rank by, and the answer says so."""
+    capsule = read_capsule(tower, base)
+    bare = type(capsule)(
+        header=capsule.header,
+        adapter=capsule.adapter,
+        text_adapter=capsule.text_adapter,
+        prompt_embedding=capsule.prompt_embedding,
+        extras={},
+    )
+    road.registry.publish(write_capsule(bare), scene="bare")
+    answer = road.complete("bare", image, mask, PLAN)
+    assert not answer.ranked
+    assert [candidate.seed for candidate in answer.candidates] == [1, 2, 9]
+    assert answer.margin is None
+
+
+def test_the_digest_is_pinned_and_goes_to_the_lane(road: Road, image: Tensor, mask: Tensor) -> None:
+    """What the registry resolved is what the engine fuses and what the answer names."""
+    answer = road.complete("tower@1", image, mask, PLAN)
+    assert isinstance(road.engine, GreyEngine)
+    assert road.engine.jobs[-1].digest == answer.version.digest
+    assert road.complete(f"sha256:{answer.version.digest}", image, mask, PLAN).version.number == 1
+
+
+def test_an_unknown_scene_is_not_found(road: Road, image: Tensor, mask: Tensor) -> None:
+    """The registry's own error, before anything is sampled."""
+    with pytest.raises(NotFound, match="bridge"):
+        road.complete("bridge", image, mask, PLAN)
+
+
+def test_a_flipped_byte_on_disk_is_found_before_it_is_used(
+    road: Road, image: Tensor, mask: Tensor, tmp_path: Path
+) -> None:
+    """The digest is checked on every read of the store."""
+    digest = road.registry.resolve("tower").digest
+    [blob] = [path for path in (tmp_path / "registry").rglob("*") if path.name.startswith(digest)]
+    stored = bytearray(blob.read_bytes())
+    stored[-5] ^= 1
+    blob.chmod(0o600)
+    blob.write_bytes(stored)
+    with pytest.raises(CorruptObject, match=digest):
+        road.complete("tower", image, mask, PLAN)
+
+
+def test_a_capsule_for_another_base_is_refused(road: Road, image: Tensor, mask: Tensor) -> None:
+    """A version published past the service is still checked against the base."""
+    road.registry.publish(tiny_capsule(tiny_base(seed=1), "abroad"))
+    with pytest.raises(AdapterMismatch):
+        road.complete("abroad", image, mask, PLAN)
+
+
+def test_references_that_are_no_pictures_are_refused(road: Road, base: Base, tower: bytes) -> None:
+    """They would fail later, in the ranking of somebody's request."""
+    capsule = read_capsule(tower, base)
+    capsule.extras["references.0"] = torch.zeros(3, 4, 4, dtype=torch.uint8)
+    with pytest.raises(InvalidCapsule, match=r"references\.0 is torch.uint8 \[3, 4, 4\]"):
+        road.check(write_capsule(capsule))
+
+
+def test_capsules_are_read_once_and_the_oldest_goes(
+    base: Base, image: Tensor, mask: Tensor, tmp_path: Path
+) -> None:
+    """Memory holds so many capsules; one that is in it needs no store."""
+    road = road_of(base, tmp_path, max_capsules=1)
+    for seed, scene in enumerate(("tower", "bridge")):
+        road.registry.publish(tiny_capsule(base, scene, seed))
+    road.complete("bridge", image, mask, PLAN)
+    road.complete("tower", image, mask, PLAN)
+    for blob in (tmp_path / "registry").rglob("*"):
+        if blob.is_file() and "registry.db" not in blob.name:
+            blob.unlink()
+    assert road.complete("tower", image, mask, PLAN).version.scene == "tower"
+    with pytest.raises(CorruptObject):
+        road.complete("bridge", image, mask, PLAN)
+
+
+def test_work_that_nobody_waits_for_does_not_begin(road: Road, image: Tensor, mask: Tensor) -> None:
+    """A request that timed out before its turn costs the lane nothing."""
+    cancel = threading.Event()
+    cancel.set()
+    with pytest.raises(Cancelled):
+        road.complete("tower", image, mask, PLAN, cancel)
+    assert isinstance(road.engine, GreyEngine)
+    assert road.engine.jobs == []
+
+
+def test_the_real_engine_gives_a_seed_the_same_picture_again(
+    real: Road, image: Tensor, mask: Tensor
+) -> None:
+    """Digest and seed determine the picture, and another seed another one."""
+    first = real.complete("tower", image, mask, PLAN)
+    again = real.complete("tower", image, mask, PLAN)
+    place = {candidate.seed: k for k, candidate in enumerate(first.candidates)}
+    assert [c.seed for c in again.candidates] == [c.seed for c in first.candidates]
+    assert torch.equal(first.picture(place[1]), again.picture(place[1]))
+    assert not torch.equal(first.picture(place[1]), first.picture(place[2]))
+
+
+def test_the_real_engine_answers_each_scene_with_its_own_adapter(
+    real: Road, image: Tensor, mask: Tensor
+) -> None:
+    """A, B, A: the first and the third are equal, the second is not."""
+    real.registry.publish(tiny_capsule(real.base, "bridge", seed=2))
+    plan = Plan(seeds=(5,), steps=2, sampler="ddim", feather_px=2)
+    pictures = [
+        real.complete(name, image, mask, plan).picture(0) for name in ("tower", "bridge", "tower")
+    ]
+    assert torch.equal(pictures[0], pictures[2])
+    assert not torch.equal(pictures[0], pictures[1])
