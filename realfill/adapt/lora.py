@@ -34,8 +34,12 @@ def factors_in(
     )
     trainable = {name: p.requires_grad for name, p in module.named_parameters()}
     inject_adapter_in_model(lora, module, adapter_name=NAME)
+    layers = [layer for layer in module.modules() if isinstance(layer, LoraLayer)]
+    for layer in layers:
+        # Autocast chooses the products' precision; widening every input only costs time.
+        layer.cast_input_dtype_enabled = False
     try:
-        yield [layer for layer in module.modules() if isinstance(layer, LoraLayer)]
+        yield layers
     finally:
         for path, layer in before.items():
             parent, _, leaf = path.rpartition(".")

@@ -1,6 +1,6 @@
 """The recipe of nano: every stage from nothing to the weights in the package.
 
-Pictures, autoencoder, whitened latents, denoiser with text encoder, decoder polish, matcher,
+Pictures, autoencoder, calibrated latents, denoiser with text encoder, decoder polish, matcher,
 export. Each stage keeps checkpoints in the work folder and goes on from them; the same seed and
 versions give the same weights.
 """
@@ -16,10 +16,10 @@ from diffusers import AutoencoderDC
 
 from realfill.base import NANO_FOLDER, PAPER_TEXT_MODULES, Base, fingerprint_of, save_base
 from realfill.nano.autoencoder import (
+    calibrate,
     motorcycle_crops,
     new_autoencoder,
     train_autoencoder,
-    whiten,
 )
 from realfill.nano.denoiser import (
     ADAPTER_MODULES,
@@ -75,7 +75,7 @@ def rebuild(
         seed=seed,
         device=place,
     )
-    _whitened(autoencoder, pictures, work / "whitened.pt", seed)
+    _calibrated(autoencoder, pictures, work / "calibrated.pt", seed)
     triples: Triples | None = None
     for done, encoded in encode_triples(
         autoencoder, captions, pictures, share(TRIPLES), seed=seed, device=place
@@ -133,10 +133,10 @@ def assemble(
     )
 
 
-def _whitened(autoencoder: AutoencoderDC, pictures: np.ndarray, kept: Path, seed: int) -> None:
+def _calibrated(autoencoder: AutoencoderDC, pictures: np.ndarray, kept: Path, seed: int) -> None:
     autoencoder.eval()
     if not kept.exists():
-        whiten(autoencoder, pictures, seed=seed)
+        calibrate(autoencoder, pictures, seed=seed)
         draft = kept.with_suffix(".part")
         torch.save(autoencoder.state_dict(), draft)
         draft.replace(kept)

@@ -5,7 +5,6 @@ from realfill.rank.matching import (
     Correspondences,
     Features,
     Matcher,
-    MatcherUnavailable,
     loftr,
 )
 from realfill.rank.ranking import (
@@ -19,7 +18,6 @@ __all__ = [
     "Correspondences",
     "Features",
     "Matcher",
-    "MatcherUnavailable",
     "Ranking",
     "ReferenceFeatures",
     "draw_correspondences",

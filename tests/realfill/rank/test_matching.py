@@ -14,9 +14,10 @@ from kornia.feature.loftr.loftr import default_cfg, urls
 from safetensors.torch import save_file
 from torch import Tensor
 
+from realfill.errors import MatcherUnavailable
 from realfill.nano.pretrain_matcher import CONFIG
 from realfill.rank import matching
-from realfill.rank.matching import CoarseLoFTR, LoFTRMatcher, MatcherUnavailable, loftr
+from realfill.rank.matching import CoarseLoFTR, LoFTRMatcher, loftr
 
 
 def _config(base: dict[str, Any], threshold: float) -> dict[str, Any]:
