@@ -29,6 +29,10 @@ class TrainingConfig:
         lora_dropout: Probability of ``lora_drop_mode``.
         lora_drop_mode: Drop whole layers' branches, elements of their inputs, or all branches.
         zoom: Crops show a window of 1 / ``zoom`` of the short side up to all of it.
+        hole_share: Share of draws whose random mask is joined with the shape of the target's hole,
+            so that a short run meets holes like the one it is for; the paper has none.
+        timestep_power: Timesteps are T * u^(1 / power): above 1, more of them are noisy, where the
+            content is decided; the paper's are uniform.
         pool: Pictures encoded once before training; 0 encodes fresh ones at every step.
         probe_every: Steps between two readings of the fixed probe; 0 for none.
         seed: Start of every random draw.
@@ -49,6 +53,8 @@ class TrainingConfig:
     lora_dropout: float = 0.1
     lora_drop_mode: LoraDropout = "layer"
     zoom: float = 1.125
+    hole_share: float = 0.0
+    timestep_power: float = 1.0
     pool: int = 0
     probe_every: int = 0
     seed: int = 0
@@ -63,6 +69,8 @@ class TrainingConfig:
             _require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
         _require(self.rate_text >= 0, "rate_text", self.rate_text, "0 or more")
         _require(self.zoom >= 1, "zoom", self.zoom, "1 or more")
+        _require(0 <= self.hole_share <= 1, "hole_share", self.hole_share, "in [0, 1]")
+        _require(self.timestep_power > 0, "timestep_power", self.timestep_power, "above 0")
         _require(self.pool >= 0, "pool", self.pool, "0 or more")
         modes = ("layer", "element", "all")
         _require(
@@ -95,16 +103,18 @@ PRESETS: dict[str, TrainingConfig] = {
     ),
     "demo": TrainingConfig(
         preset="demo",
-        steps=220,
+        steps=170,
         batch=16,
         rank=32,
         alpha=32.0,
-        rate_unet=2e-3,
+        rate_unet=4e-3,
         rate_text=1e-3,
         decay_rate=True,
         lora_dropout=0.05,
+        hole_share=0.7,
+        timestep_power=2.0,
         pool=160,
-        probe_every=55,
+        probe_every=85,
     ),
 }
 

@@ -41,8 +41,10 @@ def noisy(scheduler: DDPMScheduler, latents: Tensor, noise: Tensor, timesteps: T
     return out
 
 
-def timesteps_of(generator: torch.Generator, count: int, scheduler: DDPMScheduler) -> Tensor:
-    """Uniform timesteps. [N]"""
-    return torch.randint(
-        0, int(scheduler.config.num_train_timesteps), (count,), generator=generator
-    )
+def timesteps_of(
+    generator: torch.Generator, count: int, scheduler: DDPMScheduler, power: float = 1.0
+) -> Tensor:
+    """Timesteps, uniform at power 1 and noisier above it. [N]"""
+    total = int(scheduler.config.num_train_timesteps)
+    share = torch.rand(count, generator=generator) ** (1 / power)
+    return (share * total).long().clamp(max=total - 1)

@@ -41,7 +41,15 @@ class Draws:
         )
 
 
-def draw(base: Base, scene: Scene, count: int, generator: torch.Generator, *, zoom: float) -> Draws:
+def draw(
+    base: Base,
+    scene: Scene,
+    count: int,
+    generator: torch.Generator,
+    *,
+    zoom: float,
+    hole_share: float = 0.0,
+) -> Draws:
     """Draw crops of references and target with replacement, mask them and encode them.
 
     The conditioning mask of the target is the random mask joined with its own hole: what lies in
@@ -53,12 +61,14 @@ def draw(base: Base, scene: Scene, count: int, generator: torch.Generator, *, zo
         count: Number of draws K.
         generator: Source of every random choice, on the CPU.
         zoom: Crops show 1 / ``zoom`` of the short side up to all of it.
+        hole_share: Share of draws whose mask is joined with the shape of the target's hole.
 
     Source: RealFill, arXiv:2309.16668, section 3.3.
     """
     size_px = base.size_px
     pixels, masks, weights = [], [], []
     wide = _reach(scene, size_px)
+    shape = crop_mask(scene.mask, window_of(scene.mask, size_px), size_px)
     for _ in range(count):
         index = int(torch.randint(len(scene.references) + 1, (), generator=generator))
         is_target = index == len(scene.references)
@@ -67,7 +77,10 @@ def draw(base: Base, scene: Scene, count: int, generator: torch.Generator, *, zo
         window = _window(image, generator, 1 / zoom, wide)
         own_hole = crop_mask(unknown, window, size_px)
         pixels.append(crop(image, window, size_px))
-        masks.append(torch.maximum(random_mask(generator, size_px), own_hole))
+        random = torch.maximum(random_mask(generator, size_px), own_hole)
+        if float(torch.rand((), generator=generator)) < hole_share:
+            random = torch.maximum(random, _moved(shape, generator))
+        masks.append(random)
         weights.append(1 - own_hole)
     holes = torch.stack(masks)[:, None]
     return encode(base, torch.stack(pixels), holes, torch.stack(weights)[:, None])
@@ -94,6 +107,15 @@ def encode(base: Base, pixels: Tensor, holes: Tensor, weights: Tensor) -> Draws:
 def blank(base: Base) -> Tensor:
     """Latents of the picture in which everything is missing. [1, C, h, w]"""
     return base.encode(torch.full((1, 3, base.size_px, base.size_px), 0.5)).float()
+
+
+def _moved(mask: Tensor, generator: torch.Generator) -> Tensor:
+    """The mask, half the time where it is and half the time anywhere, around the edges. [H, W]"""
+    size_px = mask.shape[-1]
+    draws = torch.rand(3, generator=generator).tolist()
+    if draws[0] < 0.5:
+        return mask
+    return mask.roll([round(size_px * share) for share in draws[1:]], (0, 1))
 
 
 def _reach(scene: Scene, size_px: int) -> float:

@@ -206,13 +206,13 @@ class _Source:
         self.pool: Draws | None = None
         if config.pool:
             generator = torch.Generator().manual_seed(config.seed)
-            self.pool = draw(base, scene, config.pool, generator, zoom=config.zoom)
+            self.pool = self._draw(config.pool, generator)
 
     def next(self, generator: torch.Generator) -> Draws:
         """The batch of one step, with everything missing from a share of it."""
         count = self.config.batch
         if self.pool is None:
-            draws = draw(self.base, self.scene, count, generator, zoom=self.config.zoom)
+            draws = self._draw(count, generator)
         else:
             draws = self.pool.take(torch.randint(len(self.pool), (count,), generator=generator))
         dropped = torch.rand(count, generator=generator) < self.config.mask_dropout
@@ -224,10 +224,14 @@ class _Source:
             draws.weights,
         )
 
+    def _draw(self, count: int, generator: torch.Generator) -> Draws:
+        zoom, hole_share = self.config.zoom, self.config.hole_share
+        return draw(self.base, self.scene, count, generator, zoom=zoom, hole_share=hole_share)
+
 
 def _loss(base: Base, draws: Draws, config: TrainingConfig, generator: torch.Generator) -> Tensor:
     count, device = len(draws), base.device
-    timesteps = timesteps_of(generator, count, base.scheduler).to(device)
+    timesteps = timesteps_of(generator, count, base.scheduler, config.timestep_power).to(device)
     noise = torch.randn(draws.latents.shape, generator=generator).to(device)
     unprompted = (torch.rand(count, generator=generator) < config.prompt_dropout).to(device)
     # At most two prompts are distinct: embed those, then hand them out.
