@@ -158,8 +158,8 @@ def load_base(
         raise BaseUnavailable(
             f"The base {name!r} has a {kind}: one of {sorted(_AUTOENCODERS)} is needed."
         )
+    _check_inpainting(name, json.loads((folder / "unet" / "config.json").read_text()))
     unet = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=dtype)
-    _check_inpainting(name, unet)
     autoencoder = _AUTOENCODERS[kind].from_pretrained(folder / "vae", torch_dtype=dtype)
     text_encoder = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32)
     for module in (unet, autoencoder, text_encoder):
@@ -286,8 +286,8 @@ def _settings_of(folder: Path) -> dict[str, Any]:
     return dict(json.loads(path.read_text())) if path.exists() else {}
 
 
-def _check_inpainting(name: str, unet: UNet2DConditionModel) -> None:
-    takes, gives = int(unet.config.in_channels), int(unet.config.out_channels)
+def _check_inpainting(name: str, config: Mapping[str, Any]) -> None:
+    takes, gives = int(config.get("in_channels", 4)), int(config.get("out_channels", 4))
     if takes != 2 * gives + 1:
         raise BaseUnavailable(
             f"The base {name!r} is no inpainting model: its U-Net takes {takes} channels, "

@@ -111,8 +111,8 @@ def test_local_run_names_the_log_of_a_server_that_ends(demo: Path) -> None:
 
 def test_local_run_names_a_folder_without_scenes(demo: Path) -> None:
     """A torn demo folder is told with its remedy."""
-    (demo / "bridge/mask.png").unlink()
-    (demo / "tower/mask.png").unlink()
+    (demo / "bridge/target/mask.png").unlink()
+    (demo / "tower/target/mask.png").unlink()
     status, output = local_run(demo, SERVE)
     assert status == 1
     assert "run the demo again" in output

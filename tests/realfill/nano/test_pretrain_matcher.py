@@ -18,7 +18,6 @@ from realfill.nano.pretrain_matcher import (
     CONFIG,
     UNKNOWN,
     UNMATCHED,
-    check_stereo,
     export_matcher,
     make_pairs,
     matching_loss,
@@ -26,6 +25,7 @@ from realfill.nano.pretrain_matcher import (
     train_matcher,
     worlds,
 )
+from realfill.nano.stereo import check_stereo
 from realfill.rank.matching import LoFTRMatcher, loftr
 
 DEVICE = torch.device("cpu")
