@@ -26,6 +26,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers.utils import logging as transformers_logging
 
 from realfill.errors import BaseUnavailable
 
@@ -161,6 +162,8 @@ def load_base(
     _check_inpainting(name, json.loads((folder / "unet" / "config.json").read_text()))
     unet = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=dtype)
     autoencoder = _AUTOENCODERS[kind].from_pretrained(folder / "vae", torch_dtype=dtype)
+    # A bar for a load of milliseconds would stand between the lines of commands and server logs.
+    transformers_logging.disable_progress_bar()
     text_encoder = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32)
     for module in (unet, autoencoder, text_encoder):
         module.to(device).eval().requires_grad_(False)
@@ -230,13 +233,8 @@ def fingerprint_of(parts: Mapping[str, nn.Module]) -> str:
 
 
 def _line(part: str, name: str, tensor: Tensor) -> str:
-    raw = (
-        tensor.detach().cpu().contiguous().view(torch.uint8)
-        if tensor.dim()
-        else tensor.cpu().reshape(1)
-    )
-    digest = hashlib.sha256(raw.view(torch.uint8).numpy().tobytes()).hexdigest()
-    return f"{part}.{name} {tensor.dtype} {list(tensor.shape)} {digest}"
+    raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return f"{part}.{name} {tensor.dtype} {list(tensor.shape)} {hashlib.sha256(raw).hexdigest()}"
 
 
 def _weight_files(folder: Path) -> list[Path]:

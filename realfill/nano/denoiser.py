@@ -191,7 +191,7 @@ def train_denoiser(
     device: torch.device,
     batch: int = 16,
 ) -> Iterator[Step]:
-    """Fit U-Net and text encoder; on the last step both hold the averaged weights.
+    """Fit U-Net and text encoder; after the last step both hold the averaged weights.
 
     The averaged weights are also in the checkpoint, under ``average``, while training goes on.
     """
@@ -220,9 +220,9 @@ def train_denoiser(
         running = 0.99 * running + 0.01 * loss.item() if running else loss.item()
         if (step + 1) % 200 == 0 or step + 1 == steps:
             _keep(checkpoint, modules, optimizer, average, step + 1)
-        if step + 1 == steps:
-            adopt(modules, average)
         yield Step("denoiser", step + 1, steps, running)
+    # Also where a finished run is only read back.
+    adopt(modules, average)
 
 
 def _loss(

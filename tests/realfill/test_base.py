@@ -8,7 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from realfill.base import NANO_FOLDER, fingerprint_of_folder, load_base, save_base
+from realfill.base import (
+    NANO_FOLDER,
+    fingerprint_of,
+    fingerprint_of_folder,
+    load_base,
+    save_base,
+)
 from realfill.errors import BaseUnavailable
 from tests.tiny import save_tiny_base, tiny_base
 
@@ -98,3 +104,10 @@ def test_nano_is_small_and_whole() -> None:
     assert (nano.size_px, nano.cell_px) == (128, 8)
     assert nano.scheduler.config.prediction_type == "v_prediction"
     assert nano.embed().shape == (77, 64)
+
+
+def test_fingerprint_does_not_depend_on_the_memory_format() -> None:
+    """Channels-last weights are the same weights."""
+    base = tiny_base()
+    before = fingerprint_of({"unet": base.unet})
+    assert fingerprint_of({"unet": base.unet.to(memory_format=torch.channels_last)}) == before
