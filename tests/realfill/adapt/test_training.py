@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from realfill.adapt.lora import drop, factors_in, parameters_of
-from realfill.adapt.loss import target_of, weighted_error
+from realfill.adapt.loss import target_of, timesteps_of, weighted_error
 from realfill.adapt.pool import blank, draw, encode
 from realfill.adapt.probe import new_probe, reading
 from realfill.adapt.training import Record, train
@@ -225,3 +225,24 @@ def test_probe_reads_the_same_twice(base: Base, scene: Scene) -> None:
     """Nothing random is left in a reading."""
     probe = new_probe(base, scene, 0, zoom=1.125)
     assert reading(base, probe, base.embed()) == reading(base, probe, base.embed())
+
+
+def test_timestep_power_prefers_noise() -> None:
+    """Power 1 is uniform; power 2 has mean two thirds; both stay within the schedule."""
+    scheduler = tiny_base().scheduler
+    uniform, noisier = (
+        timesteps_of(torch.Generator().manual_seed(0), 20_000, scheduler, power)
+        for power in (1.0, 2.0)
+    )
+    assert uniform.float().mean().item() == pytest.approx(500, abs=10)
+    assert noisier.float().mean().item() == pytest.approx(667, abs=10)
+    assert int(noisier.max()) <= 999
+
+
+def test_hole_share_hides_more(base: Base, scene: Scene) -> None:
+    """Joining every mask with the shape of the target's hole hides more than none."""
+    plain, joined = (
+        draw(base, scene, 32, torch.Generator().manual_seed(3), zoom=1.125, hole_share=share)
+        for share in (0.0, 1.0)
+    )
+    assert float(joined.masks.mean()) > float(plain.masks.mean())
