@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from diffusers import (
     DDPMScheduler,
     UNet2DConditionModel,
 )
+from diffusers.models.attention_processor import AttnProcessor
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -181,6 +183,41 @@ def load_base(
         licence=str(settings.get("licence", "CreativeML Open RAIL++-M")),
         settings=settings,
     )
+
+
+def target_layers(network: nn.Module, suffixes: Iterable[str]) -> dict[str, nn.Linear | nn.Conv2d]:
+    """The layers that adapters may change: those whose path ends in one of the suffixes.
+
+    An adapter's factors for a convolution are those of its weight as a matrix,
+    [out, in * height * width].
+
+    Args:
+        network: A network of a base.
+        suffixes: Whole parts of paths: ``to_q`` does not match ``add_to_q``.
+    """
+    endings = tuple(suffixes)
+    dotted = tuple(f".{ending}" for ending in endings)
+    return {
+        path: layer
+        for path, layer in network.named_modules()
+        if isinstance(layer, nn.Linear | nn.Conv2d) and (path in endings or path.endswith(dotted))
+    }
+
+
+@contextmanager
+def attention_for_training(unet: UNet2DConditionModel) -> Iterator[None]:
+    """Attention as plain matrix products while a U-Net is trained on a CPU.
+
+    There the backward pass of the fused attention in bf16 takes a quarter of a step of ``nano``;
+    without it a step takes 0.45 s instead of 0.6 s on two cores. Elsewhere nothing is changed.
+    """
+    before = unet.attn_processors
+    if unet.device.type == "cpu":
+        unet.set_attn_processor(AttnProcessor())
+    try:
+        yield
+    finally:
+        unet.set_attn_processor(before)
 
 
 def save_base(base: Base, folder: Path, *, dtype: torch.dtype = torch.float16) -> None:

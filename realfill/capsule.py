@@ -52,7 +52,8 @@ class Adapter:
     """LoRA weights of one network.
 
     Attributes:
-        factors: lora_A [R, in] and lora_B [out, R] by module path.
+        factors: lora_A [R, in] and lora_B [out, R] by module path; of a convolution, `in` runs
+            over channels, rows and columns of its kernel.
         scale: What their product is multiplied with, alpha / rank.
     """
 
@@ -347,7 +348,7 @@ def _check_base(header: CapsuleHeader, base: Base) -> None:
     for part, module in _modules(header.shapes):
         try:
             weight = networks[part].get_submodule(module).weight
-            in_out = [weight.shape[1], weight.shape[0]] if weight[0, 0].numel() == 1 else []
+            in_out = [weight[0].numel(), weight.shape[0]] if weight.dim() > 1 else []
         except (AttributeError, IndexError) as error:
             raise AdapterMismatch(
                 f"Base {base.name!r} has no weight matrix {part}.{module}: train the scene again."

@@ -31,6 +31,8 @@ class TrainingConfig:
         zoom: Crops show a window of 1 / ``zoom`` of the short side up to all of it.
         hole_share: Share of draws whose random mask is joined with the shape of the target's hole,
             so that a short run meets holes like the one it is for; the paper has none.
+        known_weight: Weight in the loss of cells that the conditioning shows anyway, beside 1 for
+            those it hides; the paper's is 1.
         timestep_power: Timesteps are T * u^(1 / power): above 1, more of them are noisy, where the
             content is decided; the paper's are uniform.
         pool: Pictures encoded once before training; 0 encodes fresh ones at every step.
@@ -54,6 +56,7 @@ class TrainingConfig:
     lora_drop_mode: LoraDropout = "layer"
     zoom: float = 1.125
     hole_share: float = 0.0
+    known_weight: float = 1.0
     timestep_power: float = 1.0
     pool: int = 0
     probe_every: int = 0
@@ -70,6 +73,7 @@ class TrainingConfig:
         _require(self.rate_text >= 0, "rate_text", self.rate_text, "0 or more")
         _require(self.zoom >= 1, "zoom", self.zoom, "1 or more")
         _require(0 <= self.hole_share <= 1, "hole_share", self.hole_share, "in [0, 1]")
+        _require(0 < self.known_weight <= 1, "known_weight", self.known_weight, "in (0, 1]")
         _require(self.timestep_power > 0, "timestep_power", self.timestep_power, "above 0")
         _require(self.pool >= 0, "pool", self.pool, "0 or more")
         modes = ("layer", "element", "all")

@@ -8,13 +8,23 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from realfill.base import PROMPT, Base, fingerprint_of, save_base
+from realfill.base import (
+    PAPER_MODULES,
+    PROMPT,
+    Base,
+    fingerprint_of,
+    save_base,
+    target_layers,
+)
 from realfill.capsule import Adapter, Capsule, CapsuleHeader, write_capsule
 from realfill.nano.tokenizer import byte_tokenizer
 
 
 def tiny_base(seed: int = 0, *, prediction_type: str = "epsilon") -> Base:
-    """A base of 32 px with 4x4 latents of 4 channels; its weights follow from the seed."""
+    """A base of 32 px with 4x4 latents of 4 channels; its weights follow from the seed.
+
+    Its adapters change attention and a convolution of every residual block.
+    """
     torch.manual_seed(seed)
     unet = UNet2DConditionModel(
         sample_size=4,
@@ -70,6 +80,7 @@ def tiny_base(seed: int = 0, *, prediction_type: str = "epsilon") -> Base:
         scheduler=scheduler,
         size_px=32,
         fingerprint=fingerprint_of(parts),
+        adapter_modules=(*PAPER_MODULES, "conv1"),
     )
 
 
@@ -83,12 +94,11 @@ def tiny_adapter(base: Base, seed: int = 0, rank: int = 4, scale: float = 2.0) -
     """Factors for every target module of the base, large enough to show in a picture."""
     generator = torch.Generator().manual_seed(seed)
     factors = {}
-    for path, module in base.unet.named_modules():
-        if path.endswith(base.adapter_modules) and hasattr(module, "weight"):
-            out_features, in_features = module.weight.shape
-            lora_a = torch.randn(rank, in_features, generator=generator) / in_features**0.5
-            lora_b = torch.randn(out_features, rank, generator=generator)
-            factors[path] = (lora_a.half(), lora_b.half())
+    for path, layer in target_layers(base.unet, base.adapter_modules).items():
+        out_features, in_features = layer.weight.flatten(1).shape
+        lora_a = torch.randn(rank, in_features, generator=generator) / in_features**0.5
+        lora_b = torch.randn(out_features, rank, generator=generator)
+        factors[path] = (lora_a.half(), lora_b.half())
     return Adapter(factors=factors, scale=scale)
 
 

@@ -14,7 +14,7 @@ def random_adapter(base: Base, *, rank: int, seed: int) -> Adapter:
     generator = torch.Generator().manual_seed(seed)
     factors = {}
     for path in Swapper(base.unet, base.adapter_modules).module_paths:
-        rows, columns = base.unet.get_submodule(path).weight.shape
+        rows, columns = base.unet.get_submodule(path).weight.flatten(1).shape
         lora_a = torch.randn(rank, columns, generator=generator) / columns**0.5
         lora_b = 0.1 * torch.randn(rows, rank, generator=generator) / rank**0.5
         factors[path] = (lora_a.half(), lora_b.half())

@@ -6,7 +6,7 @@ import itertools
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.engine.adapters import random_adapter
 from benchmarks.engine.timing import repeated
@@ -41,7 +41,7 @@ def measure_swaps(base: Base, *, rank: int, repeats: int, peer_repeats: int) -> 
     ours = _prediction(base)
     swapper.apply(None, None)
     plain = _prediction(base)
-    states = itertools.cycle([peft_state(adapter) for adapter in adapters.values()])
+    states = itertools.cycle([peft_state(adapter, base.unet) for adapter in adapters.values()])
     names = (f"adapter_{k}" for k in itertools.count())
     loaded: list[str] = []
 
@@ -73,10 +73,14 @@ def measure_swaps(base: Base, *, rank: int, repeats: int, peer_repeats: int) -> 
     return Swaps(ours_s, peer_s, difference)
 
 
-def peft_state(adapter: Adapter) -> dict[str, Tensor]:
+def peft_state(adapter: Adapter, unet: nn.Module) -> dict[str, Tensor]:
     """An adapter under the names that PEFT and diffusers give it."""
     state = {}
     for path, (lora_a, lora_b) in adapter.factors.items():
+        layer = unet.get_submodule(path)
+        if isinstance(layer, nn.Conv2d):
+            lora_a = lora_a.view(-1, *layer.weight.shape[1:])
+            lora_b = lora_b[:, :, None, None]
         state[f"{path}.lora_A.weight"] = lora_a
         state[f"{path}.lora_B.weight"] = lora_b
     return state

@@ -10,6 +10,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from realfill.base import target_layers
 from realfill.capsule import Adapter
 from realfill.config import TrainingConfig
 
@@ -20,16 +21,16 @@ NAME = "scene"
 def factors_in(
     module: nn.Module, suffixes: tuple[str, ...], config: TrainingConfig
 ) -> Iterator[list[LoraLayer]]:
-    """Train-ready factors beside every layer whose path ends in one of the suffixes.
+    """Train-ready factors beside every target layer, linear or convolution.
 
     On leaving, the module is what it was before, layer for layer: many scenes are trained on one
     base.
     """
-    before = {path: layer for path, layer in module.named_modules() if path.endswith(suffixes)}
+    before = target_layers(module, suffixes)
     lora = LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,
-        target_modules=[path for path, layer in before.items() if isinstance(layer, nn.Linear)],
+        target_modules=list(before),
         lora_dropout=config.lora_dropout if config.lora_drop_mode == "element" else 0.0,
     )
     trainable = {name: p.requires_grad for name, p in module.named_parameters()}
@@ -82,5 +83,7 @@ def read_out(
     for path, layer in module.named_modules():
         if isinstance(layer, LoraLayer):
             a, b = (layer.get_parameter(f"lora_{side}.{NAME}.weight") for side in "AB")
-            factors[path] = (a.detach().cpu().to(dtype), b.detach().cpu().to(dtype))
+            # A convolution's factors, [R, in, kh, kw] and [out, R, 1, 1], become matrices.
+            a, b = (factor.detach().cpu().to(dtype).flatten(1).contiguous() for factor in (a, b))
+            factors[path] = (a, b)
     return Adapter(factors=factors, scale=config.scale)

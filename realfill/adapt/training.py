@@ -19,7 +19,7 @@ from realfill.adapt.lora import drop, factors_in, parameters_of, read_out, resto
 from realfill.adapt.loss import noisy, target_of, timesteps_of, weighted_error
 from realfill.adapt.pool import Draws, blank, draw
 from realfill.adapt.probe import new_probe, reading
-from realfill.base import PROMPT, Base
+from realfill.base import PROMPT, Base, attention_for_training
 from realfill.capsule import Adapter, Capsule, CapsuleHeader, write_capsule
 from realfill.config import TrainingConfig
 from realfill.errors import TrainingDiverged
@@ -75,6 +75,7 @@ def train(
     base.unet.to(memory_format=torch.channels_last)
     with ExitStack() as stack, torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
+        stack.enter_context(attention_for_training(base.unet))
         run = _Run(base, scene, config, stack)
         begin = run.resume(checkpoint)
         for step in range(begin, config.steps):
@@ -242,7 +243,8 @@ def _loss(base: Base, draws: Draws, config: TrainingConfig, generator: torch.Gen
     with torch.autocast(device.type, torch.bfloat16, enabled=base.dtype == torch.bfloat16):
         predicted = base.unet(stacked, timesteps, prompts.to(base.dtype)).sample
     truth = target_of(base.scheduler, draws.latents, noise, timesteps)
-    return weighted_error(predicted, truth, draws.weights)
+    emphasis = config.known_weight + (1 - config.known_weight) * draws.masks
+    return weighted_error(predicted, truth, draws.weights * emphasis)
 
 
 def _decay(step: int, config: TrainingConfig) -> float:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from realfill.base import PROMPT
+from realfill.base import PROMPT, attention_for_training
 from realfill.masks import latent_mask, random_mask
 from realfill.nano.autoencoder import LATENT_CHANNELS
 from realfill.nano.pool import POOL_PX
@@ -23,7 +23,8 @@ from realfill.nano.tokenizer import byte_tokenizer
 SIZE_PX = 128
 CELL_PX = 8
 EMBEDDING = 64
-# Every linear layer of the transformer blocks.
+# Every linear layer of the transformer blocks, and every convolution: linear layers alone do not
+# suffice (docs/training.md).
 ADAPTER_MODULES = (
     "to_q",
     "to_k",
@@ -33,6 +34,14 @@ ADAPTER_MODULES = (
     "ff.net.2",
     "proj_in",
     "proj_out",
+    "conv1",
+    "conv2",
+    "conv_shortcut",
+    "time_emb_proj",
+    "downsamplers.0.conv",
+    "upsamplers.0.conv",
+    "conv_in",
+    "conv_out",
 )
 
 
@@ -210,7 +219,8 @@ def train_denoiser(
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, 6e-4)
-        loss = _loss(modules, scheduler, triples, tokens, generator, batch, device)
+        with attention_for_training(unet):
+            loss = _loss(modules, scheduler, triples, tokens, generator, batch, device)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.merge_lora import MAX_RANK, merge_lora_
+from realfill.base import target_layers
 from realfill.capsule import Adapter
 from realfill.errors import AdapterMismatch, InvalidCapsule
 
@@ -32,6 +33,14 @@ class StagedAdapter:
     factors: dict[str, tuple[Tensor, Tensor]]
 
 
+def _matrix(weight: Tensor) -> Tensor:
+    """A weight's memory as a matrix, columns in the order they lie in. [out, in]"""
+    if weight.dim() == 2 or weight.is_contiguous():
+        return weight.flatten(1)
+    # Channels last: rows, columns, then channels of the kernel.
+    return weight.permute(0, 2, 3, 1).view(len(weight), -1)
+
+
 class Swapper:
     """Keeps pristine copies of a U-Net's target weights and fuses adapters from them.
 
@@ -48,7 +57,7 @@ class Swapper:
         writes: How often weights were written.
 
     Raises:
-        ValueError: No linear module of the U-Net matches.
+        ValueError: No linear or convolutional layer of the U-Net matches.
     """
 
     def __init__(
@@ -59,16 +68,11 @@ class Swapper:
     ) -> None:
         endings = tuple(targets)
         self._merge = merge
-        self._modules: dict[str, nn.Linear] = {
-            path: module
-            for path, module in unet.named_modules()
-            if isinstance(module, nn.Linear)
-            and any(path == end or path.endswith(f".{end}") for end in endings)
-        }
+        self._modules = target_layers(unet, endings)
         if not self._modules:
-            raise ValueError(f"no linear module of the U-Net is named like any of {endings}")
+            raise ValueError(f"no layer of the U-Net is named like any of {endings}")
         self._pristine = {
-            path: module.weight.detach().clone() for path, module in self._modules.items()
+            path: _matrix(module.weight.detach()).clone() for path, module in self._modules.items()
         }
         self._current: StagedAdapter | None = None
         self._torn = False
@@ -144,7 +148,7 @@ class Swapper:
             )
         parts = iter(flat.split([tensor.numel() for tensor in tensors]))
         factors = {
-            path: (next(parts).view(a.shape), next(parts).view(b.shape))
+            path: (self._as_laid_out(path, next(parts).view(a.shape)), next(parts).view(b.shape))
             for path, (a, b) in adapter.factors.items()
         }
         return StagedAdapter(digest, float(adapter.scale), factors)
@@ -205,7 +209,14 @@ class Swapper:
         return [(weight.data_ptr(), weight._version) for weight in weights]
 
     def _weight(self, path: str) -> Tensor:
-        return self._modules[path].weight.detach()
+        return _matrix(self._modules[path].weight.detach())
+
+    def _as_laid_out(self, path: str, lora_A: Tensor) -> Tensor:
+        """lora_A with its columns in the order that the weight has in memory."""
+        weight = self._modules[path].weight
+        if weight.dim() == 2 or weight.is_contiguous():
+            return lora_A
+        return lora_A.view(-1, *weight.shape[1:]).permute(0, 2, 3, 1).flatten(1)
 
     def _write(self, staged: StagedAdapter | None) -> None:
         """Every target weight, from its pristine copy."""

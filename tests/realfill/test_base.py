@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from realfill.base import (
     NANO_FOLDER,
+    attention_for_training,
     fingerprint_of,
     fingerprint_of_folder,
     load_base,
     save_base,
+    target_layers,
 )
 from realfill.errors import BaseUnavailable
 from tests.tiny import save_tiny_base, tiny_base
@@ -111,3 +115,33 @@ def test_fingerprint_does_not_depend_on_the_memory_format() -> None:
     base = tiny_base()
     before = fingerprint_of({"unet": base.unet})
     assert fingerprint_of({"unet": base.unet.to(memory_format=torch.channels_last)}) == before
+
+
+def test_target_layers_are_linear_or_convolutions_under_whole_names() -> None:
+    """A suffix is whole parts of a path, and what has no weight matrix is left out."""
+    network = nn.ModuleDict(
+        {
+            "to_q": nn.Linear(2, 2),
+            "add_to_q": nn.Linear(2, 2),
+            "block": nn.ModuleDict({"conv1": nn.Conv2d(2, 2, 3), "to_q": nn.GroupNorm(1, 2)}),
+        }
+    )
+    assert list(target_layers(network, ("to_q", "conv1"))) == ["to_q", "block.conv1"]
+    assert list(target_layers(network, ("block.conv1",))) == ["block.conv1"]
+
+
+def test_attention_for_training_gives_the_same_gradients_and_is_taken_off() -> None:
+    """Plain products are the same function; afterwards the processors are what they were."""
+    base = tiny_base()
+    inputs = torch.randn(1, 9, 4, 4), torch.tensor([500]), base.embed()[None]
+    query = base.unet.get_submodule(next(iter(target_layers(base.unet, ("to_q",)))))
+    query.requires_grad_(True)
+    before = base.unet.attn_processors
+    gradients = []
+    for around in (nullcontext(), attention_for_training(base.unet)):
+        with around:
+            base.unet(*inputs).sample.square().sum().backward()
+        gradients.append(query.weight.grad)
+        query.weight.grad = None
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-3, atol=1e-5)
+    assert base.unet.attn_processors == before

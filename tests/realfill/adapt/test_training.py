@@ -14,7 +14,7 @@ from realfill.adapt.loss import target_of, timesteps_of, weighted_error
 from realfill.adapt.pool import blank, draw, encode
 from realfill.adapt.probe import new_probe, reading
 from realfill.adapt.training import Record, train
-from realfill.base import Base
+from realfill.base import Base, target_layers
 from realfill.capsule import read_capsule
 from realfill.config import TrainingConfig, preset
 from realfill.errors import TrainingDiverged
@@ -134,9 +134,8 @@ def test_training_lowers_the_probe(base: Base, scene: Scene) -> None:
 def test_capsule_carries_what_serving_needs(base: Base, scene: Scene) -> None:
     """Factors for every target module, the prompt's embedding, references and the report."""
     capsule = read_capsule(last_of(base, scene, small()).capsule or b"", base)
-    assert len(capsule.adapter.factors) == len(
-        [n for n, _ in base.unet.named_modules() if n.endswith(base.adapter_modules)]
-    )
+    assert capsule.adapter.factors.keys() == target_layers(base.unet, base.adapter_modules).keys()
+    assert all(a.dim() == b.dim() == 2 for a, b in capsule.adapter.factors.values())
     assert capsule.text_adapter.factors
     assert not torch.equal(capsule.prompt_embedding.float(), base.embed().half().float())
     assert capsule.extras["references.0"].dtype == torch.uint8

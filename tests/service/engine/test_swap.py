@@ -11,7 +11,9 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
 from kernels.merge_lora import merge_lora_
+from realfill.adapt.lora import factors_in, parameters_of, read_out
 from realfill.capsule import Adapter
+from realfill.config import preset
 from realfill.errors import AdapterMismatch, InvalidCapsule
 from service.engine.swap import Swapper
 from tests.tiny import tiny_adapter, tiny_base
@@ -103,6 +105,28 @@ def test_fused_weight_equals_peft_merge() -> None:
         torch.testing.assert_close(
             ours.get_submodule(path).weight, layer.base_layer.weight, rtol=1e-6, atol=1e-6
         )
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_fused_unet_draws_what_the_trained_one_drew(layout: torch.memory_format) -> None:
+    """From factors in training to fused weights, convolutions and both memory layouts included."""
+    base = tiny_base()
+    base.unet.to(memory_format=layout)
+    config = preset("demo", rank=3, alpha=6.0)
+    inputs = torch.randn(2, 9, 4, 4), torch.tensor([500, 20]), torch.zeros(2, 77, 16)
+    plain = base.unet(*inputs).sample
+    with factors_in(base.unet, base.adapter_modules, config) as layers:
+        for parameter in parameters_of(layers):
+            nn.init.normal_(parameter, std=0.1)
+        trained = base.unet(*inputs).sample
+        adapter = read_out(base.unet, config, torch.float32)
+    swapper = Swapper(base.unet, base.adapter_modules)
+    swapper.apply("a", adapter)
+    torch.testing.assert_close(base.unet(*inputs).sample, trained, rtol=1e-4, atol=1e-4)
+    assert float((trained - plain).abs().max()) > 1e-2
+    swapper.apply(None, None)
+    assert torch.equal(base.unet(*inputs).sample, plain)
 
 
 def test_modules_of_the_last_adapter_only_go_back_to_the_base() -> None:
