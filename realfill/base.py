@@ -52,6 +52,8 @@ class Base:
         fingerprint: SHA-256 over the sorted tensor digests of U-Net, autoencoder and text encoder.
         adapter_modules: Suffixes of the U-Net modules that an adapter may change.
         text_adapter_modules: The same for the text encoder.
+        sampler: How it is sampled where nobody says otherwise.
+        steps: U-Net evaluations per sample, likewise.
     """
 
     name: str
@@ -64,6 +66,8 @@ class Base:
     fingerprint: str
     adapter_modules: tuple[str, ...] = PAPER_MODULES
     text_adapter_modules: tuple[str, ...] = PAPER_TEXT_MODULES
+    sampler: str = "dpm++2m"
+    steps: int = 20
     licence: str = "CreativeML Open RAIL++-M"
     settings: Mapping[str, Any] = field(default_factory=dict)
 
@@ -180,6 +184,8 @@ def load_base(
         fingerprint=fingerprint_of_folder(folder),
         adapter_modules=tuple(settings.get("adapter_modules", PAPER_MODULES)),
         text_adapter_modules=tuple(settings.get("text_adapter_modules", PAPER_TEXT_MODULES)),
+        sampler=str(settings.get("sampler", Base.sampler)),
+        steps=int(settings.get("steps", Base.steps)),
         licence=str(settings.get("licence", "CreativeML Open RAIL++-M")),
         settings=settings,
     )
@@ -245,6 +251,8 @@ def save_base(base: Base, folder: Path, *, dtype: torch.dtype = torch.float16) -
         "size_px": base.size_px,
         "adapter_modules": list(base.adapter_modules),
         "text_adapter_modules": list(base.text_adapter_modules),
+        "sampler": base.sampler,
+        "steps": base.steps,
         "licence": base.licence,
     }
     (folder / "realfill.json").write_text(json.dumps(settings, indent=2) + "\n")

@@ -107,7 +107,7 @@ PRESETS: dict[str, TrainingConfig] = {
     ),
     "demo": TrainingConfig(
         preset="demo",
-        steps=170,
+        steps=200,
         batch=16,
         rank=32,
         alpha=32.0,
@@ -116,9 +116,10 @@ PRESETS: dict[str, TrainingConfig] = {
         decay_rate=True,
         lora_dropout=0.05,
         hole_share=0.7,
+        known_weight=0.3,
         timestep_power=2.0,
         pool=160,
-        probe_every=85,
+        probe_every=100,
     ),
 }
 

@@ -135,9 +135,10 @@ class Completions:
         feather_px = fields.feather_px
         plan = Plan(
             seeds=tuple(range(fields.seed, fields.seed + count)),
-            steps=fields.steps or self.settings.steps,
-            sampler=fields.sampler or self.settings.sampler,
+            steps=fields.steps or self.settings.steps or self.road.base.steps,
+            sampler=fields.sampler or self.settings.sampler or self.road.base.sampler,
             feather_px=self.settings.feather_px if feather_px is None else feather_px,
+            seamless=self.settings.seamless if fields.seamless is None else fields.seamless,
         )
         as_json, image_format = wanted_form(request.headers.get("accept"), fields.format)
         return Ask(scene, image, mask, plan, top, as_json, image_format)
@@ -255,6 +256,7 @@ class Completions:
             sampler=answer.plan.sampler,
             steps=answer.plan.steps,
             feather_px=answer.plan.feather_px,
+            seamless=answer.plan.seamless,
             format=ask.image_format,
             candidates=views,
             timings_ms=_milliseconds(answer.timings_s),

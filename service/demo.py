@@ -26,6 +26,7 @@ from realfill.adapt.training import train, training_dtype
 from realfill.base import Base, load_base
 from realfill.complete.compositing import crop, crop_mask, paste, window_of
 from realfill.complete.pipeline import complete
+from realfill.complete.seam import seamless
 from realfill.config import preset
 from realfill.metrics import psnr, ssim
 from realfill.nano.demo import demo_scenes, write_scene
@@ -37,7 +38,6 @@ from service.cli import free_port
 from service.client import Client, image_of
 
 SEEDS = 8
-STEPS = 20
 START_LIMIT_S = 120
 # The service's default.
 FEATHER_PX = 8
@@ -176,7 +176,7 @@ def _completed(
 ) -> tuple[Fills, dict[str, float]]:
     """Ranked candidates over HTTP, and the times of a warm request for four."""
     image, mask = (folder / "target" / f"{name}.png" for name in ("target", "mask"))
-    answer = client.complete(scene.name, image, mask, candidates=SEEDS, top=SEEDS, steps=STEPS)
+    answer = client.complete(scene.name, image, mask, candidates=SEEDS, top=SEEDS)
     natives = [load_image(io.BytesIO(image_of(c.image))) for c in answer.candidates]
     window = window_of(scene.mask, size_px)
     pictures = torch.stack([crop(native, window, size_px) for native in natives])
@@ -184,7 +184,7 @@ def _completed(
     totals = []
     for seed in range(100, 103):
         started = time.monotonic()
-        client.complete(scene.name, image, mask, candidates=4, top=1, steps=STEPS, seed=seed)
+        client.complete(scene.name, image, mask, candidates=4, top=1, seed=seed)
         totals.append(time.monotonic() - started)
     swap = answer.timings_ms.get("swap", 0.0)
     return fills, {"complete4_s": median(totals), "swap_ms": swap}
@@ -197,7 +197,8 @@ def _alone(base: Base, scene: Scene, matcher: Matcher) -> Fills:
         crop(scene.target, window, base.size_px),
         crop_mask(scene.mask, window, base.size_px),
     )
-    samples = complete(base, target, hole, base.embed().detach(), range(SEEDS), steps=STEPS)
+    samples = complete(base, target, hole, base.embed().detach(), range(SEEDS))
+    samples = seamless(samples, target, hole)
     natives = paste(samples, window, scene.target, scene.mask, FEATHER_PX)
     pictures = torch.stack([crop(native, window, base.size_px) for native in natives])
     ranking = rank_candidates(matcher, pictures, hole, scene.references)

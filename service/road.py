@@ -19,6 +19,7 @@ from torch import Tensor
 from realfill.base import Base
 from realfill.capsule import Capsule, read_capsule
 from realfill.complete.compositing import Window, composite, crop, crop_mask, paste, window_of
+from realfill.complete.seam import seamless
 from realfill.errors import InvalidCapsule
 from realfill.rank import Matcher, Ranking, ReferenceFeatures, prepare_references, rank_candidates
 from registry import Registry, Version
@@ -60,12 +61,14 @@ class Plan:
 
     Attributes:
         feather_px: Width of the blend, in pixels of the image.
+        seamless: Whether samples are shifted to meet the known pixels around the hole.
     """
 
     seeds: tuple[int, ...]
     steps: int
     sampler: str
     feather_px: int
+    seamless: bool = True
 
 
 @dataclass(frozen=True)
@@ -244,6 +247,9 @@ class Road:
         timings["sample"] = sampled.sample_s
         timings["decode"] = sampled.decode_s
         samples = sampled.samples.float().cpu()
+        if pending.plan.seamless:
+            job = pending.job
+            samples = _timed(timings, "seam", lambda: seamless(samples, job.target, job.mask))
         ranking = _timed(timings, "rank", lambda: self._rank(pending, samples))
         return Answer(
             version=pending.version,

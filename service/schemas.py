@@ -30,6 +30,9 @@ class CompletionFields(BaseModel):
     feather_px: Annotated[
         int | None, Field(ge=0, le=256, description="Blend on the known side of the mask, in px.")
     ] = None
+    seamless: Annotated[
+        bool | None, Field(description="Shift fills to meet the known pixels around them.")
+    ] = None
     format: Annotated[ImageFormat | None, Field(description="Encoding of images.")] = None
 
 
@@ -57,6 +60,7 @@ class CompletionView(BaseModel):
     sampler: str
     steps: int
     feather_px: int
+    seamless: bool
     format: ImageFormat
     candidates: list[CandidateView]
     timings_ms: dict[str, float]

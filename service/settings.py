@@ -45,9 +45,14 @@ class Settings(BaseSettings):
     request_timeout_s: Seconds = 60.0
 
     candidates: Count = Field(4, description="Default of the request field of that name.")
-    steps: int = Field(20, ge=1, le=1000, description="Default of the request field.")
-    sampler: SamplerName = Field("dpm++2m", description="Default of the request field.")
+    steps: int | None = Field(
+        None, ge=1, le=1000, description="Default of the request field; else the base's own."
+    )
+    sampler: SamplerName | None = Field(
+        None, description="Default of the request field; else the base's own."
+    )
     feather_px: int = Field(8, ge=0, le=256, description="Default of the request field.")
+    seamless: bool = Field(True, description="Default of the request field.")
 
     @field_validator("host")
     @classmethod

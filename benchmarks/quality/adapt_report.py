@@ -16,7 +16,7 @@ from rich.table import Table
 
 from benchmarks.quality.adaptation import Outcome, capsule_path, measure, sheet_rows, trained
 from benchmarks.quality.fills import CLASSICAL
-from benchmarks.quality.sampling import STEPS, device_name
+from benchmarks.quality.sampling import device_name
 from benchmarks.record import ROWS, record
 from realfill.adapt.training import training_dtype
 from realfill.base import load_base
@@ -160,7 +160,7 @@ def outcomes_of(
     device: str,
     matcher: str,
     seeds: range,
-    steps: int,
+    steps: int | None,
     out: Path,
     console: Console,
 ) -> list[Outcome]:
@@ -214,7 +214,7 @@ def outcomes_of(
 )
 @click.option("--demo/--no-demo", default=True, help="Measure the demo's two scenes too.")
 @click.option("--seeds", type=click.IntRange(min=1), default=8, show_default=True)
-@click.option("--steps", type=click.IntRange(min=1), default=STEPS, show_default=True)
+@click.option("--steps", type=click.IntRange(min=1), help="Else what the base is sampled with.")
 @click.option("--preset", "preset_name", default="demo", show_default=True)
 @click.option("--matcher", default="nano", show_default=True, help="nano, outdoor or a file.")
 @click.option(
@@ -232,7 +232,7 @@ def main(
     folder: Path | None,
     demo: bool,
     seeds: int,
-    steps: int,
+    steps: int | None,
     preset_name: str,
     matcher: str,
     out: Path,

@@ -167,9 +167,12 @@ def measure(
     capsule: bytes,
     seeds: Sequence[int],
     *,
-    steps: int,
+    steps: int | None,
 ) -> Outcome:
-    """Sample the seeds with and without the adapter, fill classically, and measure all of it."""
+    """Sample the seeds with and without the adapter, fill classically, and measure all of it.
+
+    ``steps`` is None for the base's own number.
+    """
     square = square_of(scene, runner.base.size_px)
     references = prepare_references(matcher, scene.references)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.quality.fills import CLASSICAL
-from benchmarks.quality.sampling import STEPS, candidates, device_name
+from benchmarks.quality.sampling import candidates, device_name
 from benchmarks.quality.trials import Photograph, Trial, held_out, trials
 from benchmarks.record import ROWS, record
 from realfill.base import Base, load_base
@@ -161,7 +161,7 @@ def record_rows(
     help="Folder of scenes, whose references are used too; it may be absent.",
 )
 @click.option("--holes", type=click.IntRange(min=1), default=50, show_default=True)
-@click.option("--steps", type=click.IntRange(min=1), default=STEPS, show_default=True)
+@click.option("--steps", type=click.IntRange(min=1), help="Else what the base is sampled with.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=Path("nano-out"))
 @click.option("--rows", type=click.Path(dir_okay=False, path_type=Path), default=ROWS)
@@ -171,7 +171,7 @@ def main(
     device: str,
     scenes: Path | None,
     holes: int,
-    steps: int,
+    steps: int | None,
     seed: int,
     out: Path,
     rows: Path,
@@ -186,6 +186,7 @@ def main(
         raise click.ClickException(str(error)) from error
     encoded_psnr_db = autoencoder_psnr_db(runner.base)
     console.print(f"Autoencoder on the motorcycle's squares: {encoded_psnr_db:.2f} dB")
+    steps = steps or runner.base.steps
     readings, sheet = measure(runner, photographs, holes, steps=steps, seed=seed, console=console)
     summary = summarize(readings)
     report: dict[str, Any] = {
@@ -193,6 +194,7 @@ def main(
         "base_fingerprint": runner.base.fingerprint,
         "autoencoder_psnr_db": encoded_psnr_db,
         "holes": holes,
+        "sampler": runner.base.sampler,
         "steps": steps,
         "seed": seed,
         "photographs": [photograph.name for photograph in photographs],

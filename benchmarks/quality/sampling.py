@@ -11,10 +11,8 @@ from torch import Tensor
 from realfill.base import PROMPT
 from realfill.capsule import read_capsule
 from realfill.complete.compositing import composite
+from realfill.complete.seam import seamless
 from service.engine import Job, Runner
-
-SAMPLER = "dpm++2m"
-STEPS = 20
 
 
 def feather_of(size_px: int) -> int:
@@ -34,9 +32,9 @@ def candidates(
     seeds: Sequence[int],
     *,
     capsule: bytes | None = None,
-    steps: int = STEPS,
+    steps: int | None = None,
 ) -> Tensor:
-    """Sample every seed and composite it over the target.
+    """Sample every seed, remove its seam and composite it over the target, as the service does.
 
     Args:
         runner: The base and its lane's work.
@@ -44,7 +42,7 @@ def candidates(
         mask: 1 where pixels are missing, else 0. [S, S]
         seeds: One candidate for each.
         capsule: Adapter and prompt of a scene; without it the base is alone with the same prompt.
-        steps: U-Net calls per candidate, by DPM-Solver++ 2M.
+        steps: U-Net calls per candidate; None for what the base is sampled with.
 
     Returns:
         Candidates on the CPU. [N, 3, S, S]
@@ -58,8 +56,8 @@ def candidates(
         target=target,
         mask=mask,
         seeds=tuple(seeds),
-        steps=steps,
-        sampler=SAMPLER,
+        steps=steps or base.steps,
+        sampler=base.sampler,
     )
-    samples = runner.run(job).samples.float().cpu()
+    samples = seamless(runner.run(job).samples.float().cpu(), target, mask)
     return composite(samples, target, mask, feather_px=feather_of(base.size_px))

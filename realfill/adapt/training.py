@@ -117,6 +117,7 @@ class _Run:
             [{"params": group, "lr": rate, "peak": rate} for group, rate in pairs if group],
             betas=(0.9, 0.999),
             weight_decay=config.weight_decay,
+            fused=True,
         )
         self.source = _Source(base, scene, config)
         self.probe = None

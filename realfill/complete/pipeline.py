@@ -27,8 +27,8 @@ def complete(
     prompt: Tensor,
     seeds: Sequence[int],
     *,
-    steps: int = 20,
-    sampler_name: str = "dpm++2m",
+    steps: int | None = None,
+    sampler_name: str | None = None,
 ) -> Tensor:
     """Sample fills of a window with the base as it stands, fused with an adapter or not.
 
@@ -38,13 +38,14 @@ def complete(
         mask: 1 where pixels are missing, else 0. [S, S]
         prompt: Embedding of the prompt. [77, d]
         seeds: One sample for each.
-        steps: U-Net evaluations per sample.
-        sampler_name: ddpm, ddim or dpm++2m.
+        steps: U-Net evaluations per sample; None for the base's own number.
+        sampler_name: ddpm, ddim or dpm++2m; None for the base's own.
 
     Returns:
         Decoded samples in [0, 1], not composited. [N, 3, S, S]
     """
-    table = sampler(sampler_name, base.scheduler.config, steps).to(base.device)
+    name, steps = sampler_name or base.sampler, steps or base.steps
+    table = sampler(name, base.scheduler.config, steps).to(base.device)
     *_, latents = denoise(base, conditions(base, target, mask), prompt, seeds, table)
     return base.decode(latents)
 

@@ -253,7 +253,9 @@ def _loss(
     fate = torch.rand(batch, generator=generator)
     captions[fate < 0.5] = len(triples.texts) - 2
     captions[fate < 0.1] = len(triples.texts) - 1
-    timesteps = torch.randint(0, 1000, (batch,), generator=generator).to(device)
+    # Noisy steps decide what fills a hole, so they are drawn more often.
+    share = torch.rand(batch, generator=generator).sqrt()
+    timesteps = (share * 1000).long().clamp(max=999).to(device)
     noise = torch.randn(latents.shape, generator=generator).to(device)
     noisy = scheduler.add_noise(latents, noise, timesteps)
     velocity = scheduler.get_velocity(latents, noise, timesteps)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,8 @@ from service.road import Plan, Road
 from tests.fakes import GreyEngine, hole, photo, road_of
 from tests.tiny import tiny_base, tiny_capsule
 
-PLAN = Plan(seeds=(1, 2, 9), steps=2, sampler="ddim", feather_px=2)
+# The fake engine's fills are told apart by their grey, which seam removal would take away.
+PLAN = Plan(seeds=(1, 2, 9), steps=2, sampler="ddim", feather_px=2, seamless=False)
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +84,16 @@ def test_the_best_picture_is_the_image_with_the_hole_filled(
     beyond = torch.ones_like(mask)
     beyond[11:29, 15:33] = False  # the hole of 12 px, and 2 px of feather and 1 of ramp around it
     assert torch.equal(picture[:, beyond], image[:, beyond])
+
+
+def test_seams_are_removed_where_asked_for(road: Road, image: Tensor, mask: Tensor) -> None:
+    """A fill of one grey takes the colours of its surroundings, and the answer says how long."""
+    answer = road.complete("tower", image, mask, replace(PLAN, seamless=True))
+    filled = answer.picture(0)[:, mask].float()
+    around = image.float().mean((1, 2))[:, None]
+    assert (filled.mean(1, keepdim=True) - around).abs().max() < 40
+    assert "seam" in answer.timings_s
+    assert "seam" not in road.complete("tower", image, mask, PLAN).timings_s
 
 
 def test_a_capsule_without_references_keeps_the_order_of_seeds(

@@ -21,7 +21,7 @@ def test_defaults_are_loopback_and_the_embedded_base() -> None:
     settings = load_settings()
     assert (settings.host, settings.port, settings.base) == ("127.0.0.1", 3000, "nano")
     assert settings.max_body_bytes == 32 * 2**20
-    assert (settings.candidates, settings.steps, settings.sampler) == (4, 20, "dpm++2m")
+    assert (settings.candidates, settings.steps, settings.sampler) == (4, None, None)
 
 
 def test_a_variable_sets_its_field(monkeypatch: pytest.MonkeyPatch) -> None:

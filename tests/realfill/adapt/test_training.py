@@ -238,6 +238,18 @@ def test_timestep_power_prefers_noise() -> None:
     assert int(noisier.max()) <= 999
 
 
+def test_known_cells_weigh_what_the_configuration_says(base: Base, scene: Scene) -> None:
+    """At the paper's weight of 1 nothing changes; a lower one moves the loss towards the hole."""
+    losses = [
+        last_of(base, scene, small(steps=1, probe_every=0, known_weight=weight)).loss
+        for weight in (1.0, 0.999, 0.05)
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)
+    assert abs(losses[2] - losses[0]) > 2 * abs(losses[1] - losses[0])
+    with pytest.raises(ValueError, match="known_weight"):
+        small(known_weight=0.0)
+
+
 def test_hole_share_hides_more(base: Base, scene: Scene) -> None:
     """Joining every mask with the shape of the target's hole hides more than none."""
     plain, joined = (
