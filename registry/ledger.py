@@ -31,14 +31,26 @@ from registry.upload import Upload
 _INSERTS: dict[str, Any] = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}
 
 
-def add_scene(connection: Connection, name: str, at: datetime) -> None:
-    """Insert the scene, unless it is there.
+def refuse_erased(connection: Connection, scene: str, digest: str) -> None:
+    """Stop whoever would bring back what was erased.
 
     Raises:
-        Conflict: A scene of this name was erased.
+        Conflict: A scene of this name was erased, or were the bytes.
     """
-    if find_tombstone(connection, name) is not None:
-        raise Conflict(str(no_scene(connection, name)))
+    if find_tombstone(connection, scene) is not None:
+        raise Conflict(str(no_scene(connection, scene)))
+    erased = connection.execute(
+        select(blobs.c.erased).where(blobs.c.digest == digest)
+    ).scalar_one_or_none()
+    if erased is not None:
+        raise Conflict(
+            f"The bytes sha256:{digest} were erased on {erased:%Y-%m-%d} and are not "
+            "taken again: train the scene again if it may be kept now."
+        )
+
+
+def add_scene(connection: Connection, name: str, at: datetime) -> None:
+    """Insert the scene, unless it is there."""
     insert_if_new(connection, scenes, {"name": name, "last_number": 0, "created": at})
 
 
@@ -61,9 +73,6 @@ def take_blob(connection: Connection, upload: Upload, at: datetime) -> bool:
 
     Returns:
         Whether a sweep may have removed the bytes since they were stored.
-
-    Raises:
-        Conflict: They were erased for good.
     """
     fields = {
         "digest": upload.digest,
@@ -73,11 +82,6 @@ def take_blob(connection: Connection, upload: Upload, at: datetime) -> bool:
     }
     insert_if_new(connection, blobs, fields)
     row = lock_blob(connection, upload.digest)
-    if row.erased is not None:
-        raise Conflict(
-            f"The bytes sha256:{upload.digest} were erased on {row.erased:%Y-%m-%d} and are not "
-            "taken again: train the scene again if it may be kept now."
-        )
     if row.marked is not None:
         connection.execute(
             update(blobs)

@@ -47,8 +47,13 @@ class Reader:
 
     @property
     def database(self) -> Database:
-        """Where the rows are, for those who deliver events."""
+        """Where the rows are, for those who deliver events or copy scenes."""
         return self._database
+
+    @property
+    def blobs(self) -> Blobs:
+        """Where the bytes are, for those who copy scenes."""
+        return self._blobs
 
     def close(self) -> None:
         """Close the database's connections."""

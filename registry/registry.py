@@ -138,12 +138,17 @@ class Registry(Keeper):
         if alias is not None:
             check_alias(alias)
         labels = check_tags(tags or {}), check_metrics(metrics or {})
+        with self._database.reading() as connection:
+            ledger.refuse_erased(connection, scene, upload.digest)
         self._blobs.put(data, upload.digest)
         step = Step(0, scene, alias or "", 0, "publish", person(by), self._clock(), None, override)
         with self._database.writing() as connection:
             ledger.add_scene(connection, scene, step.at)
             step = replace(step, scene_id=ledger.lock_scene(connection, scene))
-            if ledger.take_blob(connection, upload, step.at):
+            swept = ledger.take_blob(connection, upload, step.at)
+            # Once more, now that both rows are held.
+            ledger.refuse_erased(connection, scene, upload.digest)
+            if swept:
                 self._blobs.put(data, upload.digest)
             held = ledger.held_as(connection, step.scene_id, upload.digest)
             if held is None or held.retired is None:
