@@ -9,6 +9,7 @@ from registry.errors import (
     LeaseLost,
     NotFound,
     RegistryError,
+    SignatureRefused,
     StorageUnavailable,
 )
 from registry.records import (
@@ -44,6 +45,7 @@ __all__ = [
     "Registry",
     "RegistryError",
     "Scene",
+    "SignatureRefused",
     "StorageUnavailable",
     "Sweep",
     "Tombstone",
