@@ -85,13 +85,11 @@ class Reader:
             CorruptObject: The stored bytes are missing or altered, or the row was edited.
             StorageUnavailable: The store or the database failed.
         """
-        version = self.resolve(reference)
-        if version.swept is not None:
-            raise NotFound(
-                f"The bytes of {version.reference} were removed by a sweep on "
-                f"{version.swept:%Y-%m-%d}: publish the same capsule again."
-            )
-        data = self._blobs.get(version.digest)
+        try:
+            version, data = self._read(reference)
+        except CorruptObject:
+            # A sweep may have come between the row and the bytes: then the row tells by now.
+            version, data = self._read(reference)
         altered = altered_fields(version, read_header(data))
         if altered:
             raise CorruptObject(
@@ -99,6 +97,15 @@ class Reader:
                 f"{', '.join(altered)}: it was edited. Restore the database from a backup."
             )
         return data
+
+    def _read(self, reference: str) -> tuple[Version, bytes]:
+        version = self.resolve(reference)
+        if version.swept is not None:
+            raise NotFound(
+                f"The bytes of {version.reference} were removed by a sweep on "
+                f"{version.swept:%Y-%m-%d}: publish the same capsule again."
+            )
+        return version, self._blobs.get(version.digest)
 
     def scenes(self, *, after: str = "", limit: int = PAGE) -> list[Scene]:
         """Scenes by name, beginning with the one that follows `after`."""

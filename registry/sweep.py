@@ -104,12 +104,14 @@ class Broom:
         self, which: ColumnElement[bool], marked: datetime | None, dry_run: bool
     ) -> list[str]:
         chosen = select(blobs.c.digest).where(which).order_by(blobs.c.digest)
+        if dry_run:
+            with self.database.reading() as connection:
+                return list(connection.execute(chosen).scalars())
         with self.database.writing() as connection:
             digests = list(connection.execute(chosen.with_for_update()).scalars())
-            if not dry_run:
-                for page in _pages(digests, BATCH):
-                    here = blobs.c.digest.in_(page)
-                    connection.execute(update(blobs).where(here).values(marked=marked))
+            for page in _pages(digests, BATCH):
+                here = blobs.c.digest.in_(page)
+                connection.execute(update(blobs).where(here).values(marked=marked))
         return digests
 
     def _doomed(self, before: datetime) -> list[str]:
