@@ -24,6 +24,7 @@ MAX_LIMIT = 10_000
 
 _COMPARISON = re.compile(r"([a-z][a-z0-9._-]*) *(>=|<=|>|<|=) *(\S+)")
 _CURSOR = re.compile(r"([0-9]{1,18})-([0-9]{1,18})-([0-9]{1,9})")
+_FINGERPRINT = re.compile(r"[0-9a-f]{64}")
 _MICROSECONDS = 1_000_000
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -119,8 +120,9 @@ def _conditions(query: Query, created: Any) -> list[ColumnElement[bool]]:
     if query.text:
         conditions.append(versions.c.text.contains(query.text.casefold(), autoescape=True))
     if query.base is not None:
-        by_name = versions.c.base == query.base
-        conditions.append(by_name | (versions.c.base_fingerprint == query.base))
+        named = _FINGERPRINT.fullmatch(query.base) is None
+        column = versions.c.base if named else versions.c.base_fingerprint
+        conditions.append(column == query.base)
     if query.rank is not None:
         conditions.append(versions.c.rank == query.rank)
     if query.since is not None:
