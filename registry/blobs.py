@@ -27,6 +27,7 @@ from registry.errors import CorruptObject, StorageUnavailable
 RETRY_LIMIT = 3
 RETRY_S = 30
 FOLDER = "blobs/sha256"
+SIGNATURES = "signatures/sha256"
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
@@ -195,12 +196,37 @@ class Blobs:
         return data
 
     def delete(self, digest: str) -> None:
-        """Remove the bytes; without any, do nothing.
+        """Remove the bytes and their signature; without any, do nothing.
 
         Raises:
             StorageUnavailable: The store does not answer.
         """
+        self._store.delete(signature_key(digest))
         self._store.delete(blob_key(digest))
+        self.drop_copy(digest)
+
+    def signature(self, digest: str) -> bytes | None:
+        """The signature of the bytes, unchecked, or None.
+
+        Raises:
+            StorageUnavailable: The store does not answer.
+        """
+        return self._store.get(signature_key(digest))
+
+    def sign(self, digest: str, signature: bytes) -> None:
+        """Put a signature beside the bytes, over an older one.
+
+        Raises:
+            StorageUnavailable: The store does not answer or has no room.
+        """
+        self._store.put(signature_key(digest), signature)
+
+    def copies(self) -> list[str]:
+        """Digests of which the cache has a copy."""
+        return [] if self._cache is None else self._cache.digests()
+
+    def drop_copy(self, digest: str) -> None:
+        """Remove the cache's copy; without one, do nothing."""
         if self._cache is not None:
             self._cache.drop(digest)
 
@@ -230,6 +256,11 @@ class Blobs:
 def blob_key(digest: str) -> str:
     """The key of a digest of 64 hex digits."""
     return f"{FOLDER}/{digest[:2]}/{digest}"
+
+
+def signature_key(digest: str) -> str:
+    """The key of the signature of a digest."""
+    return f"{SIGNATURES}/{digest[:2]}/{digest}"
 
 
 def open_directory(folder: Path) -> ObjectStore:

@@ -224,6 +224,13 @@ def find_tombstone(connection: Connection, scene: str) -> Tombstone | None:
     return None if row is None else Tombstone(**row._mapping)
 
 
+def erased_of(connection: Connection, digests: Sequence[str]) -> list[str]:
+    """Those of the digests that were erased for good."""
+    erased = select(blobs.c.digest).where(blobs.c.erased.is_not(None))
+    gone = set(connection.execute(erased).scalars())
+    return [digest for digest in digests if digest in gone]
+
+
 def list_moves(connection: Connection, scene: str, alias: str | None) -> list[AliasMove]:
     """Every move of a scene's aliases, oldest first.
 

@@ -59,6 +59,15 @@ class Reader:
         """Close the database's connections."""
         self._database.close()
 
+    def drop_erased(self) -> None:
+        """Remove copies of erased scenes from the cache, where another machine left them."""
+        copies = self._blobs.copies()
+        if copies:
+            with self._database.reading() as connection:
+                erased = catalog.erased_of(connection, copies)
+            for digest in erased:
+                self._blobs.drop_copy(digest)
+
     def resolve(self, reference: str) -> Version:
         """The version that a reference names now.
 

@@ -84,7 +84,9 @@ class Registry(Keeper):
         """
         opened, store = locate(place, database, create=create)
         opened.prepare()
-        return Registry(opened, store, cache=locate_cache(cache, cache_bytes))
+        registry = Registry(opened, store, cache=locate_cache(cache, cache_bytes))
+        registry.drop_erased()
+        return registry
 
     @staticmethod
     def upgrade(place: str | Path | None = None, *, database: str | None = None) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import timedelta
 
 import pytest
+from sqlalchemy import text
 
 from registry import Conflict, CorruptObject, NotFound, Query, Registry
 from registry.blobs import blob_key
@@ -93,3 +94,25 @@ def test_damaged_blob_is_named_at_the_next_read(
     assert [(fault.code, fault.thing) for fault in registry.verify()] == [
         ("corrupt_object", "tower@1")
     ]
+
+
+@pytest.mark.parametrize(
+    ("edit", "read", "names"),
+    [
+        ("UPDATE versions SET base = 'sd2' WHERE number = 2", "resolve", "row of tower@2"),
+        ("UPDATE versions SET created_by = 'eve' WHERE number = 2", "resolve", "row of tower@2"),
+        ("UPDATE versions SET metadata = '{}' WHERE number = 2", "fetch", "row of tower@2"),
+        ("UPDATE aliases SET number = 1 WHERE number = 2", "resolve", "alias tower@live"),
+    ],
+)
+def test_edited_row_is_named_at_the_next_read(
+    registry: Registry, edit: str, read: str, names: str
+) -> None:
+    """A row that was changed behind the registry's back is not answered with."""
+    for seed in range(2):
+        registry.publish(capsule(seed=seed))
+    with registry.database.writing() as connection:
+        connection.execute(text(edit))
+    with pytest.raises(CorruptObject, match=f"{names} .*edited"):
+        getattr(registry, read)("tower")
+    assert len(registry.verify()) == 1

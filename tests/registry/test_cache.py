@@ -142,6 +142,21 @@ def test_registry_serves_from_its_cache(
     assert version.digest not in {path.stem for path in (tmp_path / "near").iterdir()}
 
 
+def test_cache_of_another_machine_loses_what_was_erased(tmp_path: Path) -> None:
+    """Whoever opens the registry with a cache drops the copies of erased scenes from it."""
+    place = tmp_path / "registry"
+    service = Registry.open(place, cache=tmp_path / "near")
+    kept = service.publish(capsule(scene="bridge"))
+    service.publish(capsule())
+    service.fetch("bridge")
+    service.fetch("tower")
+    service.close()
+    Registry.open(place).erase("tower", reason="asked")
+    assert len(Cache(tmp_path / "near").digests()) == 2
+    Registry.open(place, cache=tmp_path / "near").close()
+    assert Cache(tmp_path / "near").digests() == [kept.digest]
+
+
 def test_malformed_bound_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The variable and its value are named."""
     monkeypatch.setenv("REALFILL_REGISTRY_CACHE_BYTES", "4 GB")
