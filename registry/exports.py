@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from registry.blobs import blob_key
 from registry.errors import CorruptObject
 from registry.manifest import DirectoryExport
 
@@ -23,7 +24,7 @@ def directory_writer(folder: Path) -> Iterator[Write]:
 
     def write(name: str, data: Callable[[], bytes]) -> int:
         path = folder / name
-        if path.exists():
+        if path.exists() and name == blob_key(path.name):
             try:
                 present.read(path.name)
                 return 0

@@ -2,6 +2,7 @@
 
     manifest.json                   scenes, their versions by digest, aliases and history
     blobs/sha256/ab/<digest>        the capsules
+    signatures/sha256/ab/<digest>   signatures, of those that have one
 
 As a directory, or the same in a tar file. The manifest is written last, so that an interrupted
 export is none.
@@ -18,7 +19,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
 
-from registry.blobs import blob_key
+from registry.blobs import blob_key, signature_key
 from registry.errors import CorruptObject, InvalidUpload, RegistryError, StorageUnavailable
 from registry.records import (
     check_alias,
@@ -93,6 +94,9 @@ class Source(Protocol):
             CorruptObject: The bytes are missing or altered.
         """
 
+    def signature(self, digest: str) -> bytes | None:
+        """The capsule's signature, unchecked, or None."""
+
 
 def encode_manifest(scenes: Sequence[SceneEntry], exported: datetime) -> bytes:
     """The manifest of an export; the same scenes and moment give the same bytes."""
@@ -154,6 +158,13 @@ class DirectoryExport:
             raise missing(digest, self.place) from error
         return checked(data, digest, self.place)
 
+    def signature(self, digest: str) -> bytes | None:
+        """See Source."""
+        try:
+            return (self._folder / signature_key(digest)).read_bytes()
+        except OSError:
+            return None
+
 
 class TarExport:
     """An export in a tar file; nothing of it is ever unpacked to the disk."""
@@ -176,6 +187,13 @@ class TarExport:
         except KeyError as error:
             raise missing(digest, self.place) from error
         return checked(data, digest, self.place)
+
+    def signature(self, digest: str) -> bytes | None:
+        """See Source."""
+        try:
+            return self._member(signature_key(digest), MAX_MANIFEST_BYTES)
+        except KeyError:
+            return None
 
     def _member(self, name: str, max_bytes: int) -> bytes:
         try:

@@ -19,7 +19,7 @@ from sqlalchemy import Connection, delete, insert, select, update
 
 from registry import catalog, ledger
 from registry.aliases import Step
-from registry.blobs import blob_key
+from registry.blobs import blob_key, signature_key
 from registry.errors import (
     Conflict,
     CorruptObject,
@@ -155,6 +155,10 @@ class RegistrySource:
         """See Source."""
         return self._registry.blobs.get(digest)
 
+    def signature(self, digest: str) -> bytes | None:
+        """See Source."""
+        return self._registry.blobs.signature(digest)
+
     def _every(self) -> Iterator[str]:
         after = ""
         while page := self._registry.scenes(after=after, limit=PAGE):
@@ -222,6 +226,9 @@ def _take(
             registry.blobs.put(data, version.digest)
             sent_bytes += len(data)
         uploads[version.digest] = inspect(data)
+        signature = source.signature(version.digest)
+        if signature is not None:
+            registry.blobs.sign(version.digest, signature)
         if progress is not None:
             progress(f"{entry.name}@{version.number}")
     by, at = person(by), now()
@@ -356,6 +363,9 @@ def _send(entry: SceneEntry, source: Source, write: Write, progress: Progress | 
     sent_bytes = 0
     for version in kept:
         sent_bytes += write(blob_key(version.digest), partial(source.read, version.digest))
+        signature = source.signature(version.digest)
+        if signature is not None:
+            write(signature_key(version.digest), partial(bytes, signature))
         if progress is not None:
             progress(f"{entry.name}@{version.number}")
     return Transfer(entry.name, len(kept), len(entry.history), sent_bytes)

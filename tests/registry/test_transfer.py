@@ -85,6 +85,7 @@ class Breaking:
     def __init__(self, source: Source, count: int) -> None:
         self.place = source.place
         self.scenes: Callable[[], Sequence[SceneEntry]] = source.scenes
+        self.signature = source.signature
         self._source = source
         self._left = count
 
