@@ -14,8 +14,8 @@ export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install check test test-gpu test-slow demo serve bench bench-load nano nano-report \
-	adapt-report targets lock clean
+.PHONY: help install check test test-gpu test-slow demo serve bench bench-load bench-registry \
+	nano nano-report adapt-report targets lock clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -64,6 +64,9 @@ bench: $(STAMP) ## measure swap, engine and service on this machine, and record 
 bench-load: $(STAMP) ## 30 s of open-loop load on the demo scenes, into load-out/
 	$(BIN)/python -m benchmarks.load.local --demo-command "$(BIN)/realfill demo" \
 		--serve-command "$(BIN)/realfill serve" --rate $(LOAD_RATE) --duration $(LOAD_DURATION)
+
+bench-registry: $(STAMP) ## measure the registry, and MLflow's client in an environment of its own
+	$(BIN)/python -m benchmarks.registry
 
 nano: $(STAMP) ## train the embedded base and matcher from nothing (hours on a CPU)
 	$(BIN)/realfill pretrain

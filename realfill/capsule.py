@@ -156,7 +156,7 @@ def write_capsule(capsule: Capsule) -> bytes:
         for module, (lora_a, lora_b) in adapter.factors.items():
             tensors[f"{part}.{module}.lora_A"] = lora_a
             tensors[f"{part}.{module}.lora_B"] = lora_b
-    written = pack(tensors, _metadata(capsule.header))
+    written = pack(tensors, metadata_of(capsule.header))
     # Better now than when the training is long over.
     read_capsule(written, None)
     return written
@@ -211,7 +211,8 @@ def digests(data: bytes | memoryview) -> tuple[str, str]:
     return hashlib.sha256(data).hexdigest(), hashlib.sha256(region).hexdigest()
 
 
-def _metadata(header: CapsuleHeader) -> dict[str, str]:
+def metadata_of(header: CapsuleHeader) -> dict[str, str]:
+    """The header as the texts that a file carries."""
     family = "realfill-nano" if header.base == "nano" else "stable-diffusion-v2-inpainting"
     return {
         "realfill.format": str(header.format),
@@ -237,7 +238,18 @@ def _metadata(header: CapsuleHeader) -> dict[str, str]:
 
 def _header(container: Container) -> CapsuleHeader:
     """Check metadata and tensor names, and say them as a header."""
-    metadata = container.metadata
+    header = header_of(container.metadata)
+    _check_tensors(container.entries, header.rank)
+    shapes = {name: entry.shape for name, entry in container.entries.items()}
+    return replace(header, shapes=shapes)
+
+
+def header_of(metadata: Mapping[str, str]) -> CapsuleHeader:
+    """Read what `metadata_of` wrote.
+
+    Raises:
+        InvalidCapsule: A key is missing, unknown, or has a value that it cannot have.
+    """
     _check_keys(metadata)
     try:
         header = _parsed(metadata)
@@ -249,9 +261,7 @@ def _header(container: Container) -> CapsuleHeader:
         raise InvalidCapsule(
             "The capsule's training digest belongs to another configuration: train it again."
         )
-    _check_tensors(container.entries, header.rank)
-    shapes = {name: entry.shape for name, entry in container.entries.items()}
-    return replace(header, shapes=shapes)
+    return header
 
 
 def _check_keys(metadata: Mapping[str, str]) -> None:

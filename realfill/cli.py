@@ -19,6 +19,14 @@ from realfill.errors import RealFillError
 ENTRY_POINTS = "realfill.commands"
 console = Console(stderr=True)
 
+BASE_OPTION = click.option(
+    "--base",
+    default="nano",
+    show_default=True,
+    envvar="REALFILL_BASE",
+    help="nano, sd2, a folder or a hub id.",
+)
+
 
 class Refusal(click.ClickException):
     """One sentence and exit status 2."""
@@ -70,13 +78,7 @@ def main() -> None:
     type=click.Path(dir_okay=False, path_type=Path),
     help="Where to write the capsule. [default: FOLDER/capsule.safetensors]",
 )
-@click.option(
-    "--base",
-    default="nano",
-    show_default=True,
-    envvar="REALFILL_BASE",
-    help="nano, sd2, a folder or a hub id.",
-)
+@BASE_OPTION
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
 @click.option(
     "--preset",
@@ -192,6 +194,72 @@ def pretrain(work: Path, out: Path | None, device: str, seed: int, scale: float)
             if step.stage not in tasks:
                 tasks[step.stage] = progress.add_task(step.stage, total=step.steps)
             progress.update(tasks[step.stage], completed=step.step, loss=f"{step.loss:.4f}")
+
+
+@main.command("export")
+@click.argument("capsule", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--format",
+    "kind",
+    type=click.Choice(["peft", "diffusers", "kohya"]),
+    default="peft",
+    show_default=True,
+    help="Whose layout to write.",
+)
+@BASE_OPTION
+@click.option("--json", "as_json", is_flag=True, help="Print what was written as JSON.")
+def export_command(capsule: Path, out: Path, kind: str, base: str, as_json: bool) -> None:
+    """Write CAPSULE's weights as LoRA files that other programs load.
+
+    OUT is a folder, for kohya a .safetensors file. What a capsule holds besides goes into a
+    companion, capsule_rest.safetensors; with it `realfill import` gives the same capsule back.
+    """
+    from realfill.base import load_base
+    from realfill.interchange import SUFFIX, export_capsule
+
+    if not out.parent.is_dir():
+        raise Refusal(f"{out.parent} is no folder: create it, or give another OUT.")
+    if (kind == "kohya") != (out.suffix == SUFFIX):
+        wanted = f"a file *{SUFFIX}" if kind == "kohya" else f"a folder, not a file *{SUFFIX}"
+        raise Refusal(f"--format {kind} writes {wanted}, and OUT is {out}: name it so.")
+    companion = export_capsule(capsule.read_bytes(), out, kind, load_base(base))  # type: ignore[arg-type]
+    outcome = {"format": kind, "out": str(out), "companion": str(companion)}
+    click.echo(json.dumps(outcome, indent=2) if as_json else f"{out}: {capsule} for {kind}.")
+
+
+@main.command("import")
+@click.argument("source", type=click.Path(exists=True, path_type=Path))
+@click.argument("out", type=click.Path(dir_okay=False, path_type=Path))
+@click.option("--scene", metavar="NAME", help="Name of the scene; an export's companion knows it.")
+@click.option("--prompt", help="Prompt it was trained with; likewise. [default: realfill's own]")
+@BASE_OPTION
+@click.option("--json", "as_json", is_flag=True, help="Print the outcome as JSON.")
+def import_command(
+    source: Path, out: Path, scene: str | None, prompt: str | None, base: str, as_json: bool
+) -> None:
+    """Make the capsule OUT of LoRA files: a PEFT or diffusers folder, or a kohya file.
+
+    Without the companion that `realfill export` writes, the capsule has no references: it
+    completes images, and its candidates are not ranked.
+    """
+    from realfill.base import PROMPT, load_base
+    from realfill.capsule import digests
+    from realfill.interchange import import_capsule
+
+    if not out.parent.is_dir():
+        raise Refusal(f"{out.parent} is no folder: create it, or give another OUT.")
+    data = import_capsule(source, load_base(base), scene=scene, prompt=prompt or PROMPT)
+    draft = out.with_suffix(".part")
+    draft.write_bytes(data)
+    draft.replace(out)
+    outcome = {"capsule": str(out), "digest": digests(data)[0], "bytes": len(data)}
+    if as_json:
+        click.echo(json.dumps(outcome, indent=2))
+    else:
+        click.echo(
+            f"{out}: {len(data) / 1e6:.1f} MB from {source}. Next: realfill registry publish {out}"
+        )
 
 
 def _shown(

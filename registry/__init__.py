@@ -9,25 +9,45 @@ from registry.errors import (
     LeaseLost,
     NotFound,
     RegistryError,
+    SignatureRefused,
     StorageUnavailable,
 )
-from registry.records import AliasMove, Fault, Reference, Scene, Version
+from registry.records import (
+    AliasMove,
+    Erasure,
+    Fault,
+    Lease,
+    Page,
+    Reference,
+    Scene,
+    Sweep,
+    Tombstone,
+    Version,
+)
 from registry.registry import Registry
+from registry.search import Query
 
 __all__ = [
     "AliasMove",
     "AlreadyExists",
     "Conflict",
     "CorruptObject",
+    "Erasure",
     "Fault",
     "InvalidReference",
     "InvalidUpload",
+    "Lease",
     "LeaseLost",
     "NotFound",
+    "Page",
+    "Query",
     "Reference",
     "Registry",
     "RegistryError",
     "Scene",
+    "SignatureRefused",
     "StorageUnavailable",
+    "Sweep",
+    "Tombstone",
     "Version",
 ]

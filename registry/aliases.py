@@ -20,7 +20,7 @@ ABSENT = 0
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What one move is: which alias, where to, and on whose account."""
+    """What one move is: which alias, where to, on whose account, and whether past a protection."""
 
     scene_id: int
     scene: str
@@ -30,6 +30,7 @@ class Step:
     by: str
     at: datetime
     undoes: int | None = None
+    override: bool = False
 
 
 def move_alias(connection: Connection, step: Step, expect: int | None) -> bool:

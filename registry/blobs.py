@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,11 +20,16 @@ import obstore
 from obstore.exceptions import BaseError
 from obstore.store import LocalStore, S3Store
 
+from registry.cache import Cache
 from registry.database import first_line
 from registry.errors import CorruptObject, StorageUnavailable
 
 RETRY_LIMIT = 3
 RETRY_S = 30
+FOLDER = "blobs/sha256"
+SIGNATURES = "signatures/sha256"
+
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 class ObjectStore(Protocol):
@@ -60,6 +66,9 @@ class ObjectStore(Protocol):
         Raises:
             StorageUnavailable: The store does not answer.
         """
+
+    def torn(self, before: datetime) -> list[Path]:
+        """Half-written files that interrupted writers left before that time; S3 keeps none."""
 
 
 class ObstoreObjects:
@@ -106,6 +115,14 @@ class ObstoreObjects:
                 for entry in page:
                     yield entry["path"]
 
+    def torn(self, before: datetime) -> list[Path]:
+        """See ObjectStore."""
+        if self._folder is None:
+            return []
+        # What obstore writes to before it renames has a # and a number at its end.
+        left = [path for path in (self._folder / FOLDER).glob("*/*#*") if path.is_file()]
+        return [path for path in left if _written(path) <= before.timestamp()]
+
     @contextmanager
     def _translated(self, verb: str, key: str) -> Iterator[None]:
         try:
@@ -123,10 +140,12 @@ class Blobs:
 
     Args:
         store: Where the bytes go; it need not be trusted.
+        cache: Copies nearer by, checked like the store's.
     """
 
-    def __init__(self, store: ObjectStore) -> None:
+    def __init__(self, store: ObjectStore, cache: Cache | None = None) -> None:
         self._store = store
+        self._cache = cache
 
     def put(self, data: bytes, digest: str) -> None:
         """Store the bytes, unless a sound copy is there, and read them back.
@@ -140,10 +159,20 @@ class Blobs:
         if stored is not None and _digest(stored) == digest:
             return
         self._store.put(key, data)
-        self.get(digest)
+        self.read(digest)
 
     def get(self, digest: str) -> bytes:
-        """The bytes with this digest, checked.
+        """The bytes with this digest, checked, from the cache where it has them.
+
+        Raises:
+            CorruptObject, StorageUnavailable: As `read`.
+        """
+        if self._cache is None:
+            return self.read(digest)
+        return self._cache.get(digest, self.read)
+
+    def read(self, digest: str) -> bytes:
+        """The bytes with this digest, checked, from the store itself.
 
         Raises:
             CorruptObject: The bytes are missing, or differ from the digest.
@@ -166,10 +195,72 @@ class Blobs:
             )
         return data
 
+    def delete(self, digest: str) -> None:
+        """Remove the bytes and their signature; without any, do nothing.
+
+        Raises:
+            StorageUnavailable: The store does not answer.
+        """
+        self._store.delete(signature_key(digest))
+        self._store.delete(blob_key(digest))
+        self.drop_copy(digest)
+
+    def signature(self, digest: str) -> bytes | None:
+        """The signature of the bytes, unchecked, or None.
+
+        Raises:
+            StorageUnavailable: The store does not answer.
+        """
+        return self._store.get(signature_key(digest))
+
+    def sign(self, digest: str, signature: bytes) -> None:
+        """Put a signature beside the bytes, over an older one.
+
+        Raises:
+            StorageUnavailable: The store does not answer or has no room.
+        """
+        self._store.put(signature_key(digest), signature)
+
+    def copies(self) -> list[str]:
+        """Digests of which the cache has a copy."""
+        return [] if self._cache is None else self._cache.digests()
+
+    def drop_copy(self, digest: str) -> None:
+        """Remove the cache's copy; without one, do nothing."""
+        if self._cache is not None:
+            self._cache.drop(digest)
+
+    def digests(self) -> Iterator[str]:
+        """Every digest that the store has bytes for, sound or not.
+
+        Raises:
+            StorageUnavailable: The store does not answer.
+        """
+        for key in self._store.keys(FOLDER):
+            digest = key.rpartition("/")[2]
+            if key == blob_key(digest) and _DIGEST.fullmatch(digest):
+                yield digest
+
+    def torn(self, before: datetime) -> list[str]:
+        """Half-written files that interrupted writers left before that time."""
+        return [str(path) for path in self._store.torn(before)]
+
+    def remove_torn(self, before: datetime) -> list[str]:
+        """Remove those files, and name them."""
+        left = self._store.torn(before)
+        for path in left:
+            path.unlink(missing_ok=True)
+        return [str(path) for path in left]
+
 
 def blob_key(digest: str) -> str:
     """The key of a digest of 64 hex digits."""
-    return f"blobs/sha256/{digest[:2]}/{digest}"
+    return f"{FOLDER}/{digest[:2]}/{digest}"
+
+
+def signature_key(digest: str) -> str:
+    """The key of the signature of a digest."""
+    return f"{SIGNATURES}/{digest[:2]}/{digest}"
 
 
 def open_directory(folder: Path) -> ObjectStore:
@@ -214,6 +305,13 @@ def open_bucket(url: str) -> ObjectStore:
 
 def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
+
+
+def _written(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return float("inf")
 
 
 def _force_to_disk(path: Path) -> None:

@@ -6,18 +6,36 @@ Statements are built once, so that SQLAlchemy compiles each a single time.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from sqlalchemy import Connection, Row, Select, and_, bindparam, func, select
+from sqlalchemy import (
+    Connection,
+    Row,
+    Select,
+    and_,
+    bindparam,
+    func,
+    select,
+)
 
-from registry.errors import NotFound
-from registry.records import MAX_NUMBER, AliasMove, Reference, Scene, Version
-from registry.schema import alias_moves, aliases, blobs, scenes, versions
+from registry.errors import CorruptObject, NotFound
+from registry.records import MAX_NUMBER, AliasMove, Reference, Scene, Tombstone, Version
+from registry.schema import (
+    alias_moves,
+    aliases,
+    blobs,
+    scenes,
+    tombstones,
+    versions,
+)
+from registry.seals import seal_of
 
 # A row whose blob was deleted by hand is still shown, so that `verify` can name it.
-_VERSIONS = select(
+VERSIONS: Select[Any] = select(
     versions.c.scene_id,
+    versions.c.seal,
     scenes.c.name.label("scene"),
     versions.c.number,
     versions.c.digest,
@@ -30,30 +48,45 @@ _VERSIONS = select(
     versions.c.created_by,
     versions.c.metadata,
     versions.c.retired,
+    versions.c.parent,
+    blobs.c.given_up.label("swept"),
 ).select_from(
     versions.join(scenes, scenes.c.id == versions.c.scene_id).outerjoin(
         blobs, blobs.c.digest == versions.c.digest
     )
 )
 
-_BY_ALIAS = _VERSIONS.join(
-    aliases,
-    and_(aliases.c.scene_id == versions.c.scene_id, aliases.c.number == versions.c.number),
-).where(scenes.c.name == bindparam("scene"), aliases.c.name == bindparam("alias"))
+# Where the alias went last, by its history.
+_WENT_TO = (
+    select(alias_moves.c.number)
+    .where(alias_moves.c.scene_id == aliases.c.scene_id, alias_moves.c.alias == bindparam("alias"))
+    .order_by(alias_moves.c.id.desc())
+    .limit(1)
+    .scalar_subquery()
+)
 
-_BY_NUMBER = _VERSIONS.where(
+_BY_ALIAS = (
+    VERSIONS.add_columns(_WENT_TO.label("went_to"))
+    .join(
+        aliases,
+        and_(aliases.c.scene_id == versions.c.scene_id, aliases.c.number == versions.c.number),
+    )
+    .where(scenes.c.name == bindparam("scene"), aliases.c.name == bindparam("alias"))
+)
+
+_BY_NUMBER = VERSIONS.where(
     scenes.c.name == bindparam("scene"), versions.c.number == bindparam("number")
 )
 
 # One digest may serve several scenes; the first that is not retired stands for all.
 _BY_DIGEST = (
-    _VERSIONS.where(versions.c.digest == bindparam("digest"))
+    VERSIONS.where(versions.c.digest == bindparam("digest"))
     .order_by(versions.c.retired.is_not(None), versions.c.created, versions.c.scene_id)
     .limit(1)
 )
 
 _PAGE = (
-    _VERSIONS.where(scenes.c.name == bindparam("scene"), versions.c.number < bindparam("before"))
+    VERSIONS.where(scenes.c.name == bindparam("scene"), versions.c.number < bindparam("before"))
     .order_by(versions.c.number.desc())
     .limit(bindparam("limit"))
 )
@@ -79,9 +112,30 @@ _ALIASES = (
     .order_by(aliases.c.name)
 )
 
+# Aliases, tags and metrics of a page's versions, in one statement. The pairs are joined and not
+# looked for with IN, for which SQLite would read the three tables from end to end.
+_LABELS = """
+WITH wanted(scene_id, number) AS (VALUES {pairs})
+SELECT 'alias', w.scene_id, w.number, a.name, CAST(NULL AS VARCHAR), CAST(NULL AS FLOAT)
+FROM wanted w JOIN aliases a ON a.scene_id = w.scene_id AND a.number = w.number
+UNION ALL SELECT 'tag', w.scene_id, w.number, t.key, t.value, CAST(NULL AS FLOAT)
+FROM wanted w JOIN tags t ON t.scene_id = w.scene_id AND t.number = w.number
+UNION ALL SELECT 'metric', w.scene_id, w.number, m.name, CAST(NULL AS VARCHAR), m.value
+FROM wanted w JOIN metrics m ON m.scene_id = w.scene_id AND m.number = w.number
+"""
+
 _MOVES = (
     select(alias_moves).where(alias_moves.c.scene_id == bindparam("id")).order_by(alias_moves.c.id)
 )
+
+
+_TOMBSTONE = select(tombstones).where(tombstones.c.scene == bindparam("scene"))
+
+# What a row and a record have in common, by the same names.
+_NOT_IN_RECORDS = {"scene_id", "seal"}
+_FIELDS = [
+    column.name for column in VERSIONS.selected_columns if column.name not in _NOT_IN_RECORDS
+]
 
 
 def find_version(connection: Connection, reference: Reference) -> Version:
@@ -89,23 +143,26 @@ def find_version(connection: Connection, reference: Reference) -> Version:
 
     Raises:
         NotFound: There is none.
+        CorruptObject: Its row, or the alias, was edited by hand.
     """
     if reference.digest is not None:
-        found = _read(connection, _BY_DIGEST, {"digest": reference.digest})
+        rows = connection.execute(_BY_DIGEST, {"digest": reference.digest}).all()
     elif reference.number is not None:
         wanted = {"scene": reference.scene, "number": reference.number}
-        found = _read(connection, _BY_NUMBER, wanted)
+        rows = connection.execute(_BY_NUMBER, wanted).all()
     else:
-        wanted = {"scene": reference.scene, "alias": reference.alias}
-        found = _read(connection, _BY_ALIAS, wanted)
-    if not found:
+        by_name = {"scene": reference.scene, "alias": reference.alias}
+        rows = connection.execute(_BY_ALIAS, by_name).all()
+    if not rows:
         raise _missing(connection, reference)
-    if found[0].retired is not None and reference.digest is None:
+    _check_edits(rows[0], reference)
+    (found,) = read_versions(connection, rows)
+    if found.retired is not None and reference.digest is None:
         raise NotFound(
-            f"The version {found[0].reference} is retired: name another one, or bring it back "
-            f"with `registry restore {found[0].reference}`."
+            f"The version {found.reference} is retired: name another one, or bring it back "
+            f"with `registry restore {found.reference}`."
         )
-    return found[0]
+    return found
 
 
 def find_any_version(connection: Connection, scene: str, number: int) -> Version:
@@ -113,11 +170,20 @@ def find_any_version(connection: Connection, scene: str, number: int) -> Version
 
     Raises:
         NotFound: There is none.
+        CorruptObject: Its row was edited by hand.
     """
-    found = _read(connection, _BY_NUMBER, {"scene": scene, "number": number})
-    if not found:
-        raise _missing(connection, Reference(scene=scene, number=number))
-    return found[0]
+    reference = Reference(scene=scene, number=number)
+    rows = connection.execute(_BY_NUMBER, {"scene": scene, "number": number}).all()
+    if not rows:
+        raise _missing(connection, reference)
+    _check_edits(rows[0], reference)
+    return read_versions(connection, rows)[0]
+
+
+def is_sealed(connection: Connection, scene: str, number: int) -> bool:
+    """Whether the row says what it said when it was written."""
+    row = connection.execute(_BY_NUMBER, {"scene": scene, "number": number}).one()
+    return bool(row.seal == seal_of(row._mapping))
 
 
 def list_versions(
@@ -129,10 +195,10 @@ def list_versions(
         NotFound: There is no such scene.
     """
     wanted = {"scene": scene, "before": before or MAX_NUMBER + 1, "limit": limit}
-    found = _read(connection, _PAGE if retired else _PAGE_SERVABLE, wanted)
-    if not found:
+    rows = connection.execute(_PAGE if retired else _PAGE_SERVABLE, wanted).all()
+    if not rows:
         find_scene(connection, scene)
-    return found
+    return read_versions(connection, rows)
 
 
 def list_scenes(connection: Connection, *, after: str, limit: int) -> list[Scene]:
@@ -148,8 +214,21 @@ def find_scene(connection: Connection, name: str) -> Scene:
     """
     found = _scenes(connection, connection.execute(_ONE_SCENE, {"scene": name}))
     if not found:
-        raise no_scene(name)
+        raise no_scene(connection, name)
     return found[0]
+
+
+def find_tombstone(connection: Connection, scene: str) -> Tombstone | None:
+    """What remains of an erased scene, or None."""
+    row = connection.execute(_TOMBSTONE, {"scene": scene}).one_or_none()
+    return None if row is None else Tombstone(**row._mapping)
+
+
+def erased_of(connection: Connection, digests: Sequence[str]) -> list[str]:
+    """Those of the digests that were erased for good."""
+    erased = select(blobs.c.digest).where(blobs.c.erased.is_not(None))
+    gone = set(connection.execute(erased).scalars())
+    return [digest for digest in digests if digest in gone]
 
 
 def list_moves(connection: Connection, scene: str, alias: str | None) -> list[AliasMove]:
@@ -160,7 +239,7 @@ def list_moves(connection: Connection, scene: str, alias: str | None) -> list[Al
     """
     row = connection.execute(_ONE_SCENE, {"scene": scene}).one_or_none()
     if row is None:
-        raise no_scene(scene)
+        raise no_scene(connection, scene)
     return [
         AliasMove(
             scene=scene,
@@ -176,32 +255,70 @@ def list_moves(connection: Connection, scene: str, alias: str | None) -> list[Al
     ]
 
 
-def no_scene(name: str) -> NotFound:
-    """The error for a scene that is not there."""
+def no_scene(connection: Connection, name: str) -> NotFound:
+    """The error for a scene that is not there, or not any more."""
+    tombstone = find_tombstone(connection, name)
+    if tombstone is not None:
+        return NotFound(
+            f"The scene {name!r} was erased on {tombstone.erased:%Y-%m-%d} by "
+            f"{tombstone.erased_by} ({tombstone.reason}): its name is not used again, so publish "
+            "under another one."
+        )
     return NotFound(
         f"There is no scene {name!r} in the registry: `registry list` shows the names, and "
         "`registry publish` adds one."
     )
 
 
-def _read(
-    connection: Connection, statement: Select[Any], wanted: Mapping[str, Any]
-) -> list[Version]:
-    rows = connection.execute(statement, wanted).all()
+def read_versions(connection: Connection, rows: Sequence[Row[Any]]) -> list[Version]:
+    """Rows of the statement VERSIONS as records, with their aliases, tags and metrics."""
     if not rows:
         return []
-    names: dict[tuple[int, int], list[str]] = defaultdict(list)
-    for scene_id, number, name in connection.execute(
-        _ALIASES, {"ids": list({row.scene_id for row in rows})}
-    ):
-        names[scene_id, number].append(name)
-    return [_version(row, names[row.scene_id, row.number]) for row in rows]
+    labels: dict[tuple[int, int], _Labels] = defaultdict(_Labels)
+    # Whole numbers from the database itself, so they may stand in the text.
+    pairs = ", ".join(f"({int(row.scene_id)}, {int(row.number)})" for row in rows)
+    found = connection.exec_driver_sql(_LABELS.format(pairs=pairs))
+    for kind, scene_id, number, name, value, measure in found:
+        of = labels[scene_id, number]
+        if kind == "alias":
+            of.aliases.append(name)
+        elif kind == "tag":
+            of.tags[name] = value
+        else:
+            of.metrics[name] = measure
+    return [_version(row, labels[row.scene_id, row.number]) for row in rows]
 
 
-def _version(row: Row[Any], names: list[str]) -> Version:
-    fields = dict(row._mapping)
-    del fields["scene_id"]
-    return Version(**fields, aliases=tuple(names))
+@dataclass
+class _Labels:
+    aliases: list[str] = field(default_factory=list)
+    tags: dict[str, str] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+def _version(row: Row[Any], labels: _Labels) -> Version:
+    fields = {name: row._mapping[name] for name in _FIELDS}
+    return Version(
+        **fields,
+        aliases=tuple(sorted(labels.aliases)),
+        tags=dict(sorted(labels.tags.items())),
+        metrics=dict(sorted(labels.metrics.items())),
+    )
+
+
+def _check_edits(row: Row[Any], reference: Reference) -> None:
+    thing = f"{row.scene}@{row.number}"
+    if row.seal != seal_of(row._mapping):
+        raise CorruptObject(
+            f"The database's row of {thing} was edited: it differs from its seal. "
+            "Restore the database from a backup."
+        )
+    if reference.alias is not None and row.went_to != row.number:
+        raise CorruptObject(
+            f"The alias {row.scene}@{reference.alias} was edited: it points to version "
+            f"{row.number} and its last move went to {row.went_to}. Set it with `registry alias`, "
+            "or restore the database from a backup."
+        )
 
 
 def _scenes(connection: Connection, found: Iterable[Row[Any]]) -> list[Scene]:

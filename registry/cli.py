@@ -5,49 +5,33 @@ Exit status 0 when done, 1 when `verify` found faults, 2 with one sentence on an
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from registry import tables
-from registry.errors import InvalidReference, RegistryError
-from registry.records import LIVE, Reference, Version
-from registry.registry import DATABASE_VARIABLE, DEFAULT_PLACE, PLACE_VARIABLE, Registry
-
-
-class Refused(click.ClickException):
-    """One sentence on standard error, and exit status 2."""
-
-    exit_code = 2
-
-
-class RegistryGroup(click.Group):
-    """Turns the registry's errors into one sentence and exit status 2."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        """Run the command, and let `--help` and usage errors be click's own."""
-        try:
-            return super().invoke(ctx)
-        except RegistryError as error:
-            raise Refused(str(error)) from error
-
-
-@dataclass(frozen=True)
-class Address:
-    """Where the commands find the registry; it is opened by the command, after its checks."""
-
-    place: str
-    database: str | None
-
-    def open(self, *, create: bool = False) -> Registry:
-        """The registry; only publishing creates one."""
-        return Registry.open(self.place, database=self.database, create=create)
+from registry.cli_keeping import KEEPING
+from registry.cli_transfer import TRANSFER
+from registry.commands import (
+    Address,
+    Moment,
+    Refused,
+    RegistryGroup,
+    by_option,
+    expect_option,
+    guard_of,
+    guard_options,
+    json_option,
+    numbers,
+    override_option,
+    pairs,
+    write_file,
+)
+from registry.records import DIGEST_PREFIX, LIVE
+from registry.registry import DATABASE_VARIABLE, DEFAULT_PLACE, PLACE_VARIABLE
+from registry.search import Query
 
 
 @click.group(cls=RegistryGroup, context_settings={"help_option_names": ["-h", "--help"]})
@@ -93,44 +77,71 @@ def cli(ctx: click.Context, place: str, database: str | None) -> None:
     ctx.obj = Address(place, database)
 
 
-def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Adds `--json` to a command."""
-    return click.option("--json", "as_json", is_flag=True, help="Print JSON instead.")(command)
-
-
-def by_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Adds `--by` to a command."""
-    return click.option("--by", metavar="NAME", help="Who does this; the login name by default.")(
-        command
-    )
-
-
 def retired_option(command: Callable[..., Any]) -> Callable[..., Any]:
     """Adds `--retired` to a command."""
     return click.option("--retired", is_flag=True, help="Show retired versions too.")(command)
 
 
+def query_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds the conditions of a search to a command."""
+    for option in reversed(
+        (
+            click.option("--text", help="Occurs in scene, person or prompt."),
+            click.option("--tag", "tags", multiple=True, metavar="KEY[=VALUE]", help="Has it."),
+            click.option("--base", help="Name or fingerprint of the base."),
+            click.option("--rank", type=click.IntRange(1)),
+            click.option("--metric", "metrics", multiple=True, metavar="NAME>=X", help="Holds."),
+            click.option("--since", type=Moment(), help="Published then or later."),
+            click.option("--until", type=Moment(), help="Published before."),
+            click.option("--alias", help="An alias of this name points to it."),
+        )
+    ):
+        command = option(command)
+    return command
+
+
 @cli.command("list")
 @click.argument("scene", required=False)
+@query_options
 @click.option("--limit", type=click.IntRange(1, 10_000), default=100, show_default=True)
-@click.option("--after", default="", metavar="NAME", help="Scenes that follow this name.")
+@click.option("--after", metavar="PAGE", help="Go on behind this scene, or where a search ended.")
 @click.option("--before", type=click.IntRange(1), metavar="N", help="Versions below this number.")
 @retired_option
 @json_option
 @click.pass_obj
 def list_command(
     address: Address,
+    /,
     scene: str | None,
     limit: int,
-    after: str,
+    after: str | None,
     before: int | None,
-    retired: bool,
     as_json: bool,
+    **conditions: Any,
 ) -> None:
-    """List the scenes, or the versions of one SCENE, newest first."""
+    """List the scenes, or the versions of one SCENE, or all versions that meet the conditions.
+
+    With conditions, such as --tag light=dusk --metric psnr>=20 --alias live, versions of all
+    scenes are searched, newest first.
+    """
     registry = address.open()
-    if scene is None:
-        scenes = registry.scenes(after=after, limit=limit)
+    wanted = {name: value for name, value in conditions.items() if value}
+    retired = bool(wanted.pop("retired", False))
+    if wanted:
+        tags = {
+            key: value or None
+            for key, _, value in (t.partition("=") for t in wanted.pop("tags", ()))
+        }
+        query = Query(scene=scene, tags=tags, retired=retired, **wanted)
+        page = registry.search(query, after=after, limit=limit)
+        if as_json:
+            tables.print_json(page)
+        else:
+            tables.print_versions(page.versions)
+            if page.after is not None:
+                click.echo(f"There are more: --after {page.after}")
+    elif scene is None:
+        scenes = registry.scenes(after=after or "", limit=limit)
         tables.print_json(scenes) if as_json else tables.print_scenes(scenes)
     else:
         versions = registry.versions(scene, before=before, limit=limit, retired=retired)
@@ -152,17 +163,23 @@ def show(address: Address, reference: str, as_json: bool) -> None:
 @click.option("--scene", metavar="NAME", help="Scene to publish under; the capsule's by default.")
 @click.option("--alias", default=LIVE, show_default=True, help="Alias to move to the version.")
 @click.option("--no-alias", is_flag=True, help="Move no alias; only give a number.")
+@click.option("--tag", "tags", multiple=True, metavar="KEY=VALUE", help="Say this of it.")
+@click.option("--metric", "metrics", multiple=True, metavar="NAME=X", help="Measured of it.")
+@click.option("--parent", type=click.IntRange(1), metavar="N", help="Version it was trained from.")
+@override_option
 @by_option
 @json_option
 @click.pass_obj
 def publish(
     address: Address,
+    /,
     capsule: Path,
-    scene: str | None,
     alias: str,
     no_alias: bool,
-    by: str | None,
+    tags: tuple[str, ...],
+    metrics: tuple[str, ...],
     as_json: bool,
+    **details: Any,
 ) -> None:
     """Add the file CAPSULE as its scene's next version, and make it live.
 
@@ -176,28 +193,39 @@ def publish(
             f"{capsule} cannot be read: {error.strerror}. Check its permissions."
         ) from error
     registry = address.open(create=True)
-    version = registry.publish(data, scene=scene, alias=None if no_alias else alias, by=by)
+    version = registry.publish(
+        data,
+        alias=None if no_alias else alias,
+        tags=pairs(tags, "--tag"),
+        metrics=numbers(metrics, "--metric"),
+        **details,
+    )
     tables.print_done(version, as_json, "Published")
 
 
 @cli.command()
 @click.argument("reference")
 @click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
+@guard_options
 @json_option
 @click.pass_obj
-def fetch(address: Address, reference: str, file: Path, as_json: bool) -> None:
+def fetch(
+    address: Address,
+    reference: str,
+    file: Path,
+    policy: str,
+    keys: tuple[Path, ...],
+    as_json: bool,
+) -> None:
     """Write the capsule that REFERENCE names to FILE, after checking its bytes."""
+    guard = guard_of(policy, keys)
     registry = address.open()
     version = registry.resolve(reference)
-    data = registry.fetch(f"sha256:{version.digest}")
-    # Beside its place first, so that no half of a file ever bears the name.
-    part = file.with_name(f".{file.name}.{os.getpid()}.part")
-    try:
-        part.write_bytes(data)
-        part.replace(file)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise Refused(f"{file} cannot be written: {error.strerror}. Name another file.") from error
+    data = registry.fetch(f"{DIGEST_PREFIX}{version.digest}")
+    fault = guard.check(registry, version, data)
+    write_file(file, data)
+    if fault is not None:
+        click.echo(f"Warning: {fault}", err=True)
     tables.print_done(version, as_json, f"Wrote {file} from")
 
 
@@ -205,12 +233,8 @@ def fetch(address: Address, reference: str, file: Path, as_json: bool) -> None:
 @click.argument("scene")
 @click.argument("alias")
 @click.argument("number", type=click.IntRange(1))
-@click.option(
-    "--expect",
-    type=click.IntRange(0),
-    metavar="N",
-    help="Refuse unless the alias points to N now; 0: unless there is no such alias.",
-)
+@expect_option
+@override_option
 @by_option
 @json_option
 @click.pass_obj
@@ -220,64 +244,52 @@ def alias(
     alias: str,
     number: int,
     expect: int | None,
+    override: bool,
     by: str | None,
     as_json: bool,
 ) -> None:
     """Point ALIAS of SCENE to the version NUMBER."""
-    version = address.open().set_alias(scene, alias, number, expect=expect, by=by)
+    version = address.open().set_alias(
+        scene, alias, number, expect=expect, by=by, override=override
+    )
     tables.print_done(version, as_json, f"{alias} is now")
 
 
 @cli.command()
 @click.argument("reference")
 @click.option("--to", default=LIVE, show_default=True, metavar="ALIAS", help="Alias to move.")
-@click.option("--expect", type=click.IntRange(0), metavar="N", help="As in `registry alias`.")
+@expect_option
+@override_option
 @by_option
 @json_option
 @click.pass_obj
 def promote(
-    address: Address, reference: str, to: str, expect: int | None, by: str | None, as_json: bool
+    address: Address,
+    reference: str,
+    to: str,
+    expect: int | None,
+    override: bool,
+    by: str | None,
+    as_json: bool,
 ) -> None:
     """Make the version that REFERENCE names live, for instance tower@candidate."""
-    version = address.open().promote(reference, to=to, expect=expect, by=by)
+    version = address.open().promote(reference, to=to, expect=expect, by=by, override=override)
     tables.print_done(version, as_json, f"{to} is now")
 
 
 @cli.command()
 @click.argument("scene")
 @click.option("--alias", default=LIVE, show_default=True, help="Alias to move back.")
+@override_option
 @by_option
 @json_option
 @click.pass_obj
-def rollback(address: Address, scene: str, alias: str, by: str | None, as_json: bool) -> None:
+def rollback(
+    address: Address, scene: str, alias: str, override: bool, by: str | None, as_json: bool
+) -> None:
     """Point an alias of SCENE back to the version it left; again goes further back."""
-    version = address.open().rollback(scene, alias, by=by)
+    version = address.open().rollback(scene, alias, by=by, override=override)
     tables.print_done(version, as_json, f"{alias} is back at")
-
-
-@cli.command()
-@click.argument("reference")
-@by_option
-@json_option
-@click.pass_obj
-def retire(address: Address, reference: str, by: str | None, as_json: bool) -> None:
-    """Hide the version REFERENCE, such as tower@3; its bytes are kept.
-
-    A version that an alias points to is refused: move the alias first.
-    """
-    version = address.open().retire(*_numbered(reference), by=by)
-    tables.print_done(version, as_json, "Retired")
-
-
-@cli.command()
-@click.argument("reference")
-@by_option
-@json_option
-@click.pass_obj
-def restore(address: Address, reference: str, by: str | None, as_json: bool) -> None:
-    """Bring back the retired version REFERENCE, such as tower@3."""
-    version = address.open().restore(*_numbered(reference), by=by)
-    tables.print_done(version, as_json, "Restored")
 
 
 @cli.command()
@@ -291,54 +303,5 @@ def history(address: Address, scene: str, alias: str | None, as_json: bool) -> N
     tables.print_json(moves) if as_json else tables.print_moves(moves)
 
 
-@cli.command()
-@json_option
-@click.pass_context
-def verify(ctx: click.Context, as_json: bool) -> None:
-    """Read every capsule and compare it with its digest and its row.
-
-    Exit status 1 when something is wrong. Nothing is changed.
-    """
-    registry = ctx.obj.open()
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    console = Console(stderr=True)
-    quiet = not console.is_terminal
-    with Progress(*columns, console=console, transient=True, disable=quiet) as progress:
-        task = progress.add_task("Reading", total=None)
-        count = 0
-
-        def step(version: Version) -> None:
-            nonlocal count
-            count += 1
-            progress.update(task, description=f"Read {count} versions, last {version.reference}")
-
-        faults = registry.verify(step)
-    if as_json:
-        tables.print_json({"versions": count, "faults": faults})
-    else:
-        for fault in faults:
-            click.echo(f"{fault.thing}: {fault.message}")
-        click.echo(f"Read {count} versions, found {len(faults)} faults.")
-    ctx.exit(1 if faults else 0)
-
-
-@cli.command()
-@json_option
-@click.pass_obj
-def upgrade(address: Address, as_json: bool) -> None:
-    """Bring the database of an older registry to the tables of this one."""
-    revision = Registry.upgrade(address.place, database=address.database)
-    if as_json:
-        tables.print_json({"revision": revision})
-    else:
-        click.echo(f"The tables are of revision {revision}.")
-
-
-def _numbered(reference: str) -> tuple[str, int]:
-    parsed = Reference.parse(reference)
-    if parsed.scene is None or parsed.number is None:
-        raise InvalidReference(
-            f"The reference {reference!r} may come to mean another version: write the number, "
-            "as in tower@3."
-        )
-    return parsed.scene, parsed.number
+for command in (*KEEPING, *TRANSFER):
+    cli.add_command(command)

@@ -115,6 +115,17 @@ class Database:
                     f"({error}): install the newer realfill."
                 ) from error
 
+    def forget(self) -> None:
+        """Overwrite what was deleted where it may still lie: in SQLite's log of changes."""
+        if self._engine.dialect.name != "sqlite":
+            return
+        with self._one_writer, self._translated():
+            connection = self._engine.raw_connection()
+            try:
+                connection.cursor().execute("PRAGMA wal_checkpoint(TRUNCATE)").close()
+            finally:
+                connection.close()
+
     def close(self) -> None:
         """Close the pooled connections."""
         self._engine.dispose()
@@ -186,6 +197,8 @@ def _configure_sqlite(connection: sqlite3.Connection, _record: object) -> None:
     connection.execute("PRAGMA journal_mode = WAL")
     connection.execute("PRAGMA synchronous = NORMAL")
     connection.execute("PRAGMA foreign_keys = ON")
+    # What is erased must not stay readable in the file's free pages.
+    connection.execute("PRAGMA secure_delete = ON")
 
 
 def _begin_sqlite(connection: Connection) -> None:

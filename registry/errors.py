@@ -8,6 +8,7 @@ RegistryError
 ├── Conflict            a change that the present state forbids
 ├── LeaseLost           a claim that expired before it was used
 ├── CorruptObject       stored bytes that differ from their digest
+├── SignatureRefused    a signature that is missing, wrong or too old
 └── StorageUnavailable  a disk, bucket or database that does not answer
 """
 
@@ -60,6 +61,12 @@ class CorruptObject(RegistryError):
     """Stored bytes are missing or differ from the digest that the database holds."""
 
     code = "corrupt_object"
+
+
+class SignatureRefused(RegistryError):
+    """A capsule or a webhook whose signature is missing, wrong or too old."""
+
+    code = "signature_refused"
 
 
 class StorageUnavailable(RegistryError):

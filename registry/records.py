@@ -10,13 +10,15 @@ A reference is one of
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
 from registry.errors import InvalidReference
+from registry.schema import VALUE_LENGTH
 
 LIVE = "live"
 DIGEST_PREFIX = "sha256:"
@@ -39,6 +41,10 @@ class Version:
         metadata: The header's `__metadata__`; its JSON values are decoded.
         aliases: Names that point here at this moment, sorted.
         retired: When the version was hidden, or None while it can be served.
+        parent: Number of the version that training began from, if any.
+        tags: What people say of it, by key.
+        metrics: What was measured of it, by name.
+        swept: When its bytes were given up for removal, or None while they are kept.
     """
 
     scene: str
@@ -54,11 +60,32 @@ class Version:
     metadata: Mapping[str, Any]
     aliases: tuple[str, ...]
     retired: datetime | None = None
+    parent: int | None = None
+    tags: Mapping[str, str] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    swept: datetime | None = None
 
     @property
     def reference(self) -> str:
         """The text that will always name this version, such as `tower@3`."""
         return f"{self.scene}@{self.number}"
+
+    @property
+    def etag(self) -> str:
+        """The digest as an HTTP entity tag: it changes when an alias comes to mean other bytes."""
+        return f'"{DIGEST_PREFIX}{self.digest}"'
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """Some of the versions that a search found, newest first.
+
+    Args:
+        after: What to pass as `after` for the next page; None on the last.
+    """
+
+    versions: tuple[Version, ...]
+    after: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +137,69 @@ class Fault:
     code: str
     thing: str
     message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """One holder's claim on a version's bytes: until it expires they are neither swept nor retired.
+
+    Args:
+        holder: Who serves them, such as a host and a process.
+    """
+
+    digest: str
+    holder: str
+    taken: datetime
+    expires: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    """What a sweep did, or with `dry_run` would do. Digests of 64 hex digits, sorted.
+
+    Args:
+        marked: Blobs that nothing refers to, seen for the first time: the grace period begins.
+        spared: Blobs that were marked and are referred to again.
+        removed: Blobs whose grace period was over.
+        removed_bytes: Their size.
+        torn: Half-written files of interrupted uploads, removed too.
+    """
+
+    dry_run: bool
+    marked: tuple[str, ...]
+    spared: tuple[str, ...]
+    removed: tuple[str, ...]
+    removed_bytes: int
+    torn: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Tombstone:
+    """What remains of a scene that was erased.
+
+    Args:
+        last_number: Count of the versions it ever had.
+    """
+
+    scene: str
+    last_number: int
+    erased: datetime
+    erased_by: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Erasure:
+    """What the erasure of a scene did.
+
+    Args:
+        removed: Digests whose bytes are gone.
+        shared: Digests that other scenes hold too; their bytes stay for those.
+    """
+
+    tombstone: Tombstone
+    removed: tuple[str, ...]
+    shared: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +268,40 @@ def check_number(number: int) -> int:
             f"The version number {number} is not allowed: versions count from 1 to {MAX_NUMBER}."
         )
     return number
+
+
+def check_tags(tags: Mapping[str, str | None]) -> dict[str, str | None]:
+    """Return the tags, or raise InvalidReference with the rule one breaks."""
+    for key, value in tags.items():
+        check_label(key)
+        storable = value is None or (len(value) <= VALUE_LENGTH and value.isprintable())
+        if not storable or value == "":
+            raise InvalidReference(
+                f"The value of the tag {key!r} is not allowed: use 1 to {VALUE_LENGTH} printable "
+                "characters."
+            )
+    return dict(tags)
+
+
+def check_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Return the metrics, or raise InvalidReference with the rule one breaks."""
+    for name, value in metrics.items():
+        check_label(name)
+        if not math.isfinite(value):
+            raise InvalidReference(
+                f"The metric {name!r} is {value}: only finite numbers can be compared."
+            )
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def check_label(name: str) -> str:
+    """Return the key of a tag or the name of a metric, or raise InvalidReference."""
+    if not _ALIAS.fullmatch(name):
+        raise InvalidReference(
+            f"The label {_quote(name)} is not allowed: use 1 to 63 of a-z, 0-9, dot, underscore "
+            "and hyphen, and begin with a letter."
+        )
+    return name
 
 
 def _quote(text: str) -> str:

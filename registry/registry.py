@@ -11,63 +11,59 @@ open its own.
 
 from __future__ import annotations
 
-import getpass
-import os
-from collections.abc import Callable
-from datetime import UTC, datetime
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
-from sqlalchemy.engine import URL
-
-from registry import catalog, ledger, verification
+from registry import catalog, ledger
+from registry.address import (
+    CACHE_BYTES_VARIABLE,
+    CACHE_VARIABLE,
+    DATABASE_FILE,
+    DATABASE_VARIABLE,
+    DEFAULT_PLACE,
+    PLACE_VARIABLE,
+    locate,
+    locate_cache,
+)
 from registry.aliases import Step, step_back
-from registry.blobs import Blobs, ObjectStore, open_bucket, open_directory
-from registry.database import Database
-from registry.errors import InvalidReference, NotFound, StorageUnavailable
+from registry.errors import InvalidReference
+from registry.keeper import Keeper, person
 from registry.records import (
     LIVE,
-    AliasMove,
-    Fault,
     Reference,
-    Scene,
     Version,
     check_alias,
+    check_metrics,
     check_number,
     check_scene,
+    check_tags,
 )
 from registry.schema import REVISION
 from registry.upload import inspect
 
-DEFAULT_PLACE = "./realfill-registry"
-PLACE_VARIABLE = "REALFILL_REGISTRY"
-DATABASE_VARIABLE = "REALFILL_REGISTRY_DATABASE"
-DATABASE_FILE = "registry.db"
-PAGE = 100
+__all__ = [
+    "CACHE_BYTES_VARIABLE",
+    "CACHE_VARIABLE",
+    "DATABASE_FILE",
+    "DATABASE_VARIABLE",
+    "DEFAULT_PLACE",
+    "PLACE_VARIABLE",
+    "Registry",
+]
 
 
-def _now() -> datetime:
-    return datetime.now(UTC)
-
-
-class Registry:
-    """Versions and aliases of scene adapters; `Registry.open` builds one from an address.
-
-    Args:
-        database: Where the rows are, its tables prepared.
-        store: Where the bytes are; it need not be trusted.
-        clock: Present time, in UTC.
-    """
-
-    def __init__(
-        self, database: Database, store: ObjectStore, clock: Callable[[], datetime] = _now
-    ) -> None:
-        self._database = database
-        self._blobs = Blobs(store)
-        self._clock = clock
+class Registry(Keeper):
+    """Versions and aliases of scene adapters; `Registry.open` builds one from an address."""
 
     @staticmethod
     def open(
-        place: str | Path | None = None, *, database: str | None = None, create: bool = True
+        place: str | Path | None = None,
+        *,
+        database: str | None = None,
+        create: bool = True,
+        cache: str | Path | None = None,
+        cache_bytes: int | None = None,
     ) -> Registry:
         """Open a registry, and create it first where there is none.
 
@@ -77,14 +73,20 @@ class Registry:
             database: URL of the database; by default the variable REALFILL_REGISTRY_DATABASE,
                 else the file registry.db in the directory.
             create: False to refuse a directory that holds no registry yet.
+            cache: Folder for checked copies of what is fetched; by default the variable
+                REALFILL_REGISTRY_CACHE, else none are kept.
+            cache_bytes: Bound of the copies; by default the variable
+                REALFILL_REGISTRY_CACHE_BYTES, else 4 GiB.
 
         Raises:
             NotFound: There is no registry, and create is False.
             StorageUnavailable: The place or the database cannot be used.
         """
-        opened, store = _locate(place, database, create)
+        opened, store = locate(place, database, create=create)
         opened.prepare()
-        return Registry(opened, store)
+        registry = Registry(opened, store, cache=locate_cache(cache, cache_bytes))
+        registry.drop_erased()
+        return registry
 
     @staticmethod
     def upgrade(place: str | Path | None = None, *, database: str | None = None) -> str:
@@ -94,13 +96,9 @@ class Registry:
             NotFound: There is no registry.
             StorageUnavailable: The tables are newer than this code.
         """
-        opened, _ = _locate(place, database, create=False)
+        opened, _ = locate(place, database, create=False)
         opened.upgrade()
         return REVISION
-
-    def close(self) -> None:
-        """Close the database's connections."""
-        self._database.close()
 
     def publish(
         self,
@@ -109,100 +107,64 @@ class Registry:
         scene: str | None = None,
         alias: str | None = LIVE,
         by: str | None = None,
+        tags: Mapping[str, str] | None = None,
+        metrics: Mapping[str, float] | None = None,
+        parent: int | None = None,
+        override: bool = False,
     ) -> Version:
         """Add a capsule as the scene's next version and point the alias to it.
 
-        Bytes that the scene holds already give the version they have; the alias still moves.
+        Bytes that the scene holds already give the version they have; the alias still moves, and
+        tags and metrics are added to it.
 
         Args:
             data: The capsule file.
             scene: Scene to publish under; the capsule's own by default.
             alias: Name to move to the version, or None to move none.
             by: Who publishes; the login name by default.
+            tags: What to say of it, by key.
+            metrics: What was measured of it; the numbers of its training report are there anyway.
+            parent: Number of the version that training began from.
+            override: Also where the alias is protected.
 
         Raises:
             InvalidUpload: The bytes are not a sound capsule.
-            InvalidReference: The scene or the alias is not a name.
+            InvalidReference: The scene, the alias, a tag or a metric is not allowed.
+            NotFound: There is no such parent.
             AlreadyExists: The scene holds these bytes in a retired version.
+            Conflict: The alias is protected, or the scene or the bytes were erased.
             StorageUnavailable: The store or the database failed; nothing is visible.
         """
         upload = inspect(data)
         scene = check_scene(scene or upload.scene)
         if alias is not None:
             check_alias(alias)
+        labels = check_tags(tags or {}), check_metrics(metrics or {})
+        with self._database.reading() as connection:
+            ledger.refuse_erased(connection, scene, upload.digest)
         self._blobs.put(data, upload.digest)
-        by, at = _person(by), self._clock()
+        step = Step(0, scene, alias or "", 0, "publish", person(by), self._clock(), None, override)
         with self._database.writing() as connection:
-            ledger.add_scene(connection, scene, at)
-            scene_id = ledger.lock_scene(connection, scene)
-            number = ledger.number_of(connection, scene_id, scene, upload.digest)
-            if number is None:
-                number = ledger.add_version(connection, scene_id, scene, upload, by, at)
-            if alias is not None:
-                ledger.move(connection, Step(scene_id, scene, alias, number, "publish", by, at))
-            return catalog.find_any_version(connection, scene, number)
-
-    def resolve(self, reference: str) -> Version:
-        """The version that a reference names now.
-
-        Retired versions are found by their digest only, so that work which pinned a digest ends
-        as it began.
-
-        Args:
-            reference: `name` (its alias live), `name@alias`, `name@3` or `sha256:<64 hex>`.
-
-        Raises:
-            InvalidReference: The text has none of these forms.
-            NotFound: It names nothing.
-        """
-        parsed = Reference.parse(reference)
-        with self._database.reading() as connection:
-            return catalog.find_version(connection, parsed)
-
-    def fetch(self, reference: str) -> bytes:
-        """The capsule that a reference names now, its bytes checked against the digest.
-
-        Raises:
-            InvalidReference, NotFound: As `resolve`.
-            CorruptObject: The stored bytes are missing or altered.
-            StorageUnavailable: The store or the database failed.
-        """
-        return self._blobs.get(self.resolve(reference).digest)
-
-    def scenes(self, *, after: str = "", limit: int = PAGE) -> list[Scene]:
-        """Scenes by name, from the one that follows `after`."""
-        with self._database.reading() as connection:
-            return catalog.list_scenes(connection, after=after, limit=limit)
-
-    def scene(self, name: str) -> Scene:
-        """One scene with its aliases, or NotFound."""
-        check_scene(name)
-        with self._database.reading() as connection:
-            return catalog.find_scene(connection, name)
-
-    def versions(
-        self, scene: str, *, before: int | None = None, limit: int = PAGE, retired: bool = False
-    ) -> list[Version]:
-        """Versions of a scene, newest first.
-
-        Args:
-            before: Only numbers below this one, to turn pages.
-            retired: Also those that were retired.
-
-        Raises:
-            NotFound: There is no such scene.
-        """
-        check_scene(scene)
-        with self._database.reading() as connection:
-            return catalog.list_versions(
-                connection, scene, before=before, limit=limit, retired=retired
-            )
-
-    def history(self, scene: str, alias: str | None = None) -> list[AliasMove]:
-        """Every move of the scene's aliases, or of one of them, oldest first, or NotFound."""
-        check_scene(scene)
-        with self._database.reading() as connection:
-            return catalog.list_moves(connection, scene, alias)
+            ledger.add_scene(connection, scene, step.at)
+            step = replace(step, scene_id=ledger.lock_scene(connection, scene))
+            swept = ledger.take_blob(connection, upload, step.at)
+            # Once more, now that both rows are held.
+            ledger.refuse_erased(connection, scene, upload.digest)
+            if swept:
+                self._blobs.put(data, upload.digest)
+            held = ledger.held_as(connection, step.scene_id, upload.digest)
+            if held is None or held.retired is None:
+                if held is None:
+                    number = ledger.add_version(connection, step, upload, parent)
+                else:
+                    number = held.number
+                step = replace(step, number=number)
+                ledger.set_labels(connection, step, *labels)
+                if alias is not None:
+                    ledger.move(connection, step)
+                return catalog.find_any_version(connection, scene, number)
+        # After the transaction, so that bytes which a sweep had removed are back and stay.
+        raise ledger.retired_already(scene, held.number)
 
     def set_alias(
         self,
@@ -212,18 +174,21 @@ class Registry:
         *,
         expect: int | None = None,
         by: str | None = None,
+        override: bool = False,
     ) -> Version:
         """Point an alias to a version.
 
         Args:
             expect: Number the alias must point to now, 0 for no such alias, None for any.
+            override: Also where the alias is protected.
 
         Raises:
             NotFound: There is no such version, or it is retired.
-            Conflict: The alias points elsewhere than expected.
+            Conflict: The alias points elsewhere than expected, or is protected.
         """
         reference = Reference(scene=check_scene(scene), number=check_number(number))
-        return self._point(reference, check_alias(alias), expect, "alias", by)
+        step = Step(0, scene, check_alias(alias), number, "alias", person(by), self._clock())
+        return self._point(reference, replace(step, override=override), expect)
 
     def promote(
         self,
@@ -232,6 +197,7 @@ class Registry:
         to: str = LIVE,
         expect: int | None = None,
         by: str | None = None,
+        override: bool = False,
     ) -> Version:
         """Point the alias `to` to the version that `name@alias` or `name@3` names now.
 
@@ -245,99 +211,31 @@ class Registry:
                 f"The digest {reference} names bytes and no scene: promote it as name@number, "
                 "which `registry show` prints for it."
             )
-        return self._point(parsed, check_alias(to), expect, "promote", by)
+        step = Step(0, parsed.scene, check_alias(to), 0, "promote", person(by), self._clock())
+        return self._point(parsed, replace(step, override=override), expect)
 
-    def _point(
-        self, reference: Reference, alias: str, expect: int | None, action: str, by: str | None
-    ) -> Version:
-        scene = str(reference.scene)
+    def _point(self, reference: Reference, step: Step, expect: int | None) -> Version:
         with self._database.writing() as connection:
-            scene_id = ledger.lock_scene(connection, scene)
+            scene_id = ledger.lock_scene(connection, step.scene)
             number = catalog.find_version(connection, reference).number
-            step = Step(scene_id, scene, alias, number, action, _person(by), self._clock())
-            ledger.move(connection, step, expect)
-            return catalog.find_any_version(connection, scene, number)
+            ledger.move(connection, replace(step, scene_id=scene_id, number=number), expect)
+            return catalog.find_any_version(connection, step.scene, number)
 
-    def rollback(self, scene: str, alias: str = LIVE, *, by: str | None = None) -> Version:
+    def rollback(
+        self, scene: str, alias: str = LIVE, *, by: str | None = None, override: bool = False
+    ) -> Version:
         """Point an alias back to the version it left last; again goes one further back.
 
         Raises:
             NotFound: There is no such scene, or no earlier version that is not retired.
+            Conflict: The alias is protected, and override is False.
         """
         check_scene(scene)
         check_alias(alias)
         with self._database.writing() as connection:
             scene_id = ledger.lock_scene(connection, scene)
             undoes, number = step_back(connection, scene_id, scene, alias)
-            by, at = _person(by), self._clock()
-            step = Step(scene_id, scene, alias, number, "rollback", by, at, undoes)
+            by, at = person(by), self._clock()
+            step = Step(scene_id, scene, alias, number, "rollback", by, at, undoes, override)
             ledger.move(connection, step)
             return catalog.find_any_version(connection, scene, number)
-
-    def retire(self, scene: str, number: int, *, by: str | None = None) -> Version:
-        """Hide a version; its number and its bytes are kept.
-
-        Raises:
-            NotFound: There is no such version.
-            Conflict: An alias points to it.
-        """
-        return self._set_retired(scene, number, self._clock(), by)
-
-    def restore(self, scene: str, number: int, *, by: str | None = None) -> Version:
-        """Show a retired version again, or raise NotFound."""
-        return self._set_retired(scene, number, None, by)
-
-    def _set_retired(
-        self, scene: str, number: int, retired: datetime | None, by: str | None
-    ) -> Version:
-        check_scene(scene)
-        check_number(number)
-        with self._database.writing() as connection:
-            scene_id = ledger.lock_scene(connection, scene)
-            version = catalog.find_any_version(connection, scene, number)
-            if (version.retired is None) != (retired is None):
-                at = self._clock()
-                ledger.set_retired(connection, scene_id, version, retired, _person(by), at)
-            return catalog.find_any_version(connection, scene, number)
-
-    def verify(self, progress: Callable[[Version], None] | None = None) -> list[Fault]:
-        """Read every capsule and compare it with its digest and its row; slow, changes nothing.
-
-        Args:
-            progress: Called after each version.
-        """
-        return verification.verify(self, progress)
-
-
-def _person(by: str | None) -> str:
-    if by is None:
-        try:
-            by = getpass.getuser()
-        except (OSError, KeyError):
-            by = "unknown"
-    # PostgreSQL takes neither NUL nor half of a surrogate pair.
-    return by.encode("utf-8", "replace").decode().replace("\0", "")[:200]
-
-
-def _locate(
-    place: str | Path | None, database: str | None, create: bool
-) -> tuple[Database, ObjectStore]:
-    """The database and the store of an address, before the tables are looked at."""
-    place = str(place or os.environ.get(PLACE_VARIABLE) or DEFAULT_PLACE)
-    url = database or os.environ.get(DATABASE_VARIABLE)
-    if place.startswith("s3://"):
-        if not url:
-            raise StorageUnavailable(
-                f"The registry at {place} needs a database beside the bucket: set "
-                f"{DATABASE_VARIABLE} to postgresql://user:password@host/name."
-            )
-        return Database(url), open_bucket(place)
-    folder = Path(place.removeprefix("file://"))
-    file = folder / DATABASE_FILE
-    if not create and not url and not file.is_file():
-        raise NotFound(
-            f"There is no registry at {folder}: name its directory in {PLACE_VARIABLE} or with "
-            "--registry, or publish a capsule to create it."
-        )
-    store = open_directory(folder)
-    return Database(url or URL.create("sqlite", database=str(file.resolve()))), store

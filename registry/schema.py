@@ -1,9 +1,11 @@
-"""The tables. Rows of versions, alias_moves, audit and outbox are never rewritten in place.
+"""The tables. What a version or a move is, once written, is never rewritten.
 
-    scenes ─┬─ versions ── blobs      immutable numbers, bytes shared by digest
-            ├─ aliases                where each name points now
-            └─ alias_moves            every step it took: rollback reads them
-    audit, outbox                     one row each per change, in the change's transaction
+    scenes ─┬─ versions ─┬─ blobs ── leases   bytes shared by digest, and who serves them
+            │            └─ tags, metrics     what people and measurements say of a version
+            ├─ aliases, protected_aliases     where each name points now, and which are guarded
+            └─ alias_moves                    every step it took: rollback reads them
+    audit, outbox                             one row each per change, in its transaction
+    tombstones                                names of scenes that were erased for good
 
 `registry/migrations` builds the same tables; a test compares the two.
 """
@@ -19,6 +21,7 @@ from sqlalchemy import (
     Column,
     DateTime,
     Dialect,
+    Double,
     ForeignKey,
     ForeignKeyConstraint,
     Index,
@@ -27,12 +30,13 @@ from sqlalchemy import (
     String,
     Table,
     UniqueConstraint,
+    text,
 )
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.types import TypeDecorator
 
 # The revision that this code reads and writes: the newest file of migrations/versions.
-REVISION = "0001"
+REVISION = "0002"
 
 metadata = MetaData(
     naming_convention={
@@ -66,6 +70,8 @@ Document = JSON().with_variant(JSONB(), "postgresql")
 Name = String(63)
 Digest = String(64)
 Person = String(200)
+TEXT_LENGTH = 300
+VALUE_LENGTH = 200
 
 scenes = Table(
     "scenes",
@@ -77,6 +83,8 @@ scenes = Table(
     CheckConstraint("last_number >= 0", name="last_number"),
 )
 
+_LEFT = text("given_up IS NOT NULL AND removed IS NULL")
+
 blobs = Table(
     "blobs",
     metadata,
@@ -84,7 +92,17 @@ blobs = Table(
     Column("tensor_digest", Digest, nullable=False, index=True),
     Column("size_bytes", BigInteger, nullable=False),
     Column("stored", Moment, nullable=False),
+    # A sweep marks what nothing refers to, gives it up after the grace period (from then on the
+    # bytes may be gone), and notes when the store had removed them.
+    Column("marked", Moment),
+    Column("given_up", Moment),
+    Column("removed", Moment),
+    # Set for good by the erasure of a scene: the same bytes are not taken again.
+    Column("erased", Moment),
+    Index("ix_blobs_given_up", "given_up", sqlite_where=_LEFT, postgresql_where=_LEFT),
 )
+
+_KEPT = text("retired IS NULL")
 
 versions = Table(
     "versions",
@@ -99,8 +117,52 @@ versions = Table(
     Column("created", Moment, nullable=False),
     Column("created_by", Person, nullable=False),
     Column("retired", Moment),
+    # The version of the same scene that training began from.
+    Column("parent", Integer),
+    # Scene, person and prompt in lower case, for searches.
+    Column("text", String(TEXT_LENGTH), nullable=False, server_default=""),
+    # SHA-256 of the row's other columns: an edit by hand shows at the next read.
+    Column("seal", Digest, nullable=False, server_default=""),
     UniqueConstraint("scene_id", "digest"),
     CheckConstraint("number > 0", name="number"),
+    # Newest first, with all that a search filters by: it never reads rows that it passes over.
+    Index(
+        "ix_versions_listing", "created", "scene_id", "number", "base", "rank", "retired", "text"
+    ),
+    Index("ix_versions_servable", "scene_id", "number", sqlite_where=_KEPT, postgresql_where=_KEPT),
+)
+
+tags = Table(
+    "tags",
+    metadata,
+    Column("scene_id", Identity, primary_key=True, autoincrement=False),
+    Column("number", Integer, primary_key=True, autoincrement=False),
+    Column("key", Name, primary_key=True),
+    Column("value", String(VALUE_LENGTH), nullable=False),
+    # The version's own, so that one index filters by tag and gives the order of a page.
+    Column("created", Moment, nullable=False),
+    ForeignKeyConstraint(["scene_id", "number"], ["versions.scene_id", "versions.number"]),
+    Index("ix_tags_listing", "key", "value", "created", "scene_id", "number"),
+)
+
+metrics = Table(
+    "metrics",
+    metadata,
+    Column("scene_id", Identity, primary_key=True, autoincrement=False),
+    Column("number", Integer, primary_key=True, autoincrement=False),
+    Column("name", Name, primary_key=True),
+    Column("value", Double, nullable=False),
+    ForeignKeyConstraint(["scene_id", "number"], ["versions.scene_id", "versions.number"]),
+    Index(None, "name", "value"),
+)
+
+leases = Table(
+    "leases",
+    metadata,
+    Column("digest", ForeignKey("blobs.digest"), primary_key=True),
+    Column("holder", Person, primary_key=True),
+    Column("taken", Moment, nullable=False),
+    Column("expires", Moment, nullable=False),
 )
 
 aliases = Table(
@@ -111,6 +173,16 @@ aliases = Table(
     Column("number", Integer, nullable=False),
     ForeignKeyConstraint(["scene_id", "number"], ["versions.scene_id", "versions.number"]),
     Index(None, "scene_id", "number"),
+    Index(None, "name"),
+)
+
+protected_aliases = Table(
+    "protected_aliases",
+    metadata,
+    Column("scene_id", ForeignKey("scenes.id"), primary_key=True),
+    Column("name", Name, primary_key=True),
+    Column("protected", Moment, nullable=False),
+    Column("protected_by", Person, nullable=False),
 )
 
 alias_moves = Table(
@@ -149,6 +221,19 @@ outbox = Table(
     Column("event", String(40), nullable=False),
     Column("body", Document, nullable=False),
     Column("attempts", Integer, nullable=False),
+    # When to try next and why the last try failed; set by whoever delivers.
+    Column("due", Moment),
+    Column("failure", String(500)),
     Column("delivered", Moment),
     Index(None, "delivered", "id"),
+)
+
+tombstones = Table(
+    "tombstones",
+    metadata,
+    Column("scene", Name, primary_key=True),
+    Column("last_number", Integer, nullable=False),
+    Column("erased", Moment, nullable=False),
+    Column("erased_by", Person, nullable=False),
+    Column("reason", String(500), nullable=False),
 )

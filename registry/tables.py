@@ -13,8 +13,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from registry.events import Event
 from registry.records import DIGEST_PREFIX, AliasMove, Scene, Version
+from registry.transfer import Transfer
+from registry.webhooks import Delivery
 
+_SAID = ("at", "by", "scene")
 SHOWN_DIGITS = 12
 # Long values, such as a training report, are left to `--json`.
 SHOWN_LENGTH = 200
@@ -84,6 +88,32 @@ def print_moves(moves: Sequence[AliasMove]) -> None:
         steps = (str(move.previous or "-"), str(move.number))
         table.add_row(_time(move.moved), move.alias, *steps, move.action, move.moved_by)
     _show(table, "No alias of this name was ever set.")
+
+
+def print_transfers(transfers: Sequence[Transfer]) -> None:
+    """What became of each scene, as a table."""
+    table = _table("scene", "versions", "moves", "sent")
+    for one in transfers:
+        counts = (str(one.versions), str(one.moves))
+        table.add_row(one.scene, *counts, _size(one.sent_bytes))
+    _show(table, "No scenes.")
+
+
+def event_line(event: Event) -> str:
+    """An event in one line."""
+    details = {key: value for key, value in event.data.items() if key not in _SAID}
+    said = " ".join(f"{key}={json.dumps(value)}" for key, value in details.items())
+    head = f"{event.id} {_time(event.created)} {event.kind} {event.data.get('scene', '')}"
+    return f"{head} by {event.data.get('by', '')} {said}".rstrip()
+
+
+def delivery_line(delivery: Delivery) -> str:
+    """What became of an event, in one line."""
+    head = f"{delivery.event.id} {delivery.event.kind}"
+    if delivery.failure is None:
+        return f"{head} delivered"
+    later = f"again at {_time(delivery.due)}" if delivery.due else "given up"
+    return f"{head} {later}: {delivery.failure}"
 
 
 def _table(*columns: str) -> Table:

@@ -25,6 +25,9 @@ MAX_HEADER_BYTES = 4 * 1024 * 1024
 MAX_RANK = 128
 MAX_DIMENSIONS = 8
 MAX_BASE_LENGTH = 200
+MAX_METRICS = 32
+MAX_METRIC = 1e300
+METRIC_NAME = re.compile(r"[a-z][a-z0-9._-]{0,62}")
 
 ITEM_BYTES = {
     "F64": 8, "I64": 8, "U64": 8,
@@ -73,6 +76,35 @@ class Upload:
     base_fingerprint: str
     rank: int
     metadata: dict[str, Any]
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What a capsule says of itself; the fields are those of `Version`."""
+
+    size_bytes: int
+    base: str
+    base_fingerprint: str
+    rank: int
+    metadata: dict[str, Any]
+
+
+def read_header(data: bytes) -> Header:
+    """Read what a stored capsule says of itself, without looking at its tensors.
+
+    Raises:
+        InvalidUpload: The header is no capsule's.
+    """
+    header, _ = _split(data)
+    metadata = _read_metadata(header.get("__metadata__"))
+    return Header(
+        size_bytes=len(data),
+        base=metadata["realfill.base"],
+        base_fingerprint=metadata["realfill.base_fingerprint"],
+        rank=_read_rank(metadata),
+        metadata=metadata,
+    )
 
 
 def inspect(data: bytes) -> Upload:
@@ -97,7 +129,23 @@ def inspect(data: bytes) -> Upload:
         base_fingerprint=metadata["realfill.base_fingerprint"],
         rank=rank,
         metadata=metadata,
+        metrics=_measured(metadata["realfill.training"]),
     )
+
+
+def _measured(training: dict[str, Any]) -> dict[str, float]:
+    """The numbers of a training report, and the least of its probe's losses as `probe_loss`."""
+    found = {name: value for name, value in training.items() if _is_metric(name, value)}
+    probe = training.get("probe")
+    losses = list(probe.values()) if isinstance(probe, dict) else []
+    if losses and all(_is_metric("probe_loss", loss) for loss in losses):
+        found["probe_loss"] = min(losses)
+    return {name: float(found[name]) for name in sorted(found)[:MAX_METRICS]}
+
+
+def _is_metric(name: str, value: Any) -> bool:
+    sound = type(value) in (int, float) and abs(value) < MAX_METRIC
+    return sound and METRIC_NAME.fullmatch(name) is not None
 
 
 def _split(data: bytes) -> tuple[dict[str, Any], memoryview]:

@@ -9,62 +9,105 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
+from registry import catalog
+from registry.blobs import Blobs
+from registry.database import Database
 from registry.errors import CorruptObject, InvalidUpload, NotFound
 from registry.records import Fault, Scene, Version
-from registry.upload import inspect
+from registry.upload import Header, Upload, inspect
 
 if TYPE_CHECKING:
-    from registry.registry import Registry
+    from registry.reader import Reader
 
 COMPARED = ("tensor_digest", "size_bytes", "base", "base_fingerprint", "rank", "metadata")
 
 
-def verify(registry: Registry, progress: Callable[[Version], None] | None) -> list[Fault]:
+def altered_fields(version: Version, found: Header | Upload) -> list[str]:
+    """Names of the fields in which a version's row differs from its capsule."""
+    names = [name for name in COMPARED if hasattr(found, name)]
+    return [name for name in names if getattr(version, name) != getattr(found, name)]
+
+
+def verify(
+    reader: Reader,
+    database: Database,
+    blobs: Blobs,
+    progress: Callable[[Version], None] | None,
+) -> list[Fault]:
     """See `Registry.verify`."""
     faults: list[Fault] = []
     after = ""
-    while page := registry.scenes(after=after):
+    while page := reader.scenes(after=after):
         for scene in page:
             servable: set[int] = set()
+            faulty: set[int] = set()
             highest = 0
-            for version in _every_version(registry, scene.name):
-                faults += _check_version(registry, version)
+            for version in _every_version(reader, scene.name):
+                if found := _check_version(database, blobs, version):
+                    faults += found
+                    faulty.add(version.number)
                 highest = max(highest, version.number)
                 if version.retired is None:
                     servable.add(version.number)
                 if progress is not None:
                     progress(version)
-            faults += _check_counter(registry, scene, highest)
-            faults += _check_aliases(registry, scene, servable)
+            faults += _check_counter(reader, scene, highest)
+            faults += _check_aliases(reader, scene, servable, faulty)
         after = page[-1].name
     return faults
 
 
-def _every_version(registry: Registry, scene: str) -> Iterator[Version]:
+def _every_version(reader: Reader, scene: str) -> Iterator[Version]:
     before: int | None = None
-    while page := registry.versions(scene, before=before, retired=True):
+    while page := reader.versions(scene, before=before, retired=True):
         yield from page
         before = page[-1].number
 
 
-def _check_version(registry: Registry, version: Version) -> list[Fault]:
-    try:
-        upload = inspect(registry.fetch(f"sha256:{version.digest}"))
-    except (CorruptObject, InvalidUpload) as error:
-        return [Fault(CorruptObject.code, version.reference, str(error))]
-    altered = [name for name in COMPARED if getattr(version, name) != getattr(upload, name)]
-    if not altered:
-        return []
-    message = (
-        f"The database's row of {version.reference} differs from its capsule in "
-        f"{', '.join(altered)}: it was edited. Restore the database from a backup."
-    )
-    return [Fault("altered_row", version.reference, message)]
+def _check_version(database: Database, blobs: Blobs, version: Version) -> list[Fault]:
+    """The bytes against the digest, the row against the bytes, then the row against its seal."""
+    altered: list[str] = []
+    # A sweep may have taken the bytes of a retired version, and of no other.
+    if version.swept is None or version.retired is None:
+        try:
+            altered = altered_fields(version, inspect(blobs.read(version.digest)))
+        except (CorruptObject, InvalidUpload) as error:
+            if _is_swept(database, version):
+                return []
+            return [Fault(CorruptObject.code, version.reference, str(error))]
+    if altered:
+        message = (
+            f"The database's row of {version.reference} differs from its capsule in "
+            f"{', '.join(altered)}: it was edited. Restore the database from a backup."
+        )
+        return [Fault("altered_row", version.reference, message)]
+    with database.reading() as connection:
+        try:
+            catalog.find_any_version(connection, version.scene, version.number)
+        except CorruptObject as error:
+            return [Fault("altered_row", version.reference, str(error))]
+        except NotFound:
+            # Its scene was erased since it was listed.
+            return []
+    return []
 
 
-def _check_counter(registry: Registry, scene: Scene, highest: int) -> list[Fault]:
+def _is_swept(database: Database, version: Version) -> bool:
+    """Whether the version was retired and swept, or erased, since it was listed."""
+    below = version.number + 1
+    with database.reading() as connection:
+        try:
+            found = catalog.list_versions(
+                connection, version.scene, before=below, limit=1, retired=True
+            )
+        except NotFound:
+            return True
+    return not found or (found[0].swept is not None and found[0].retired is not None)
+
+
+def _check_counter(reader: Reader, scene: Scene, highest: int) -> list[Fault]:
     """A counter below the highest number would give a number twice."""
-    if highest <= scene.latest or highest <= registry.scene(scene.name).latest:
+    if highest <= scene.latest or highest <= reader.scene(scene.name).latest:
         return []
     message = (
         f"The counter of {scene.name} stands at {scene.latest} and version {highest} exists: it "
@@ -73,13 +116,20 @@ def _check_counter(registry: Registry, scene: Scene, highest: int) -> list[Fault
     return [Fault("altered_row", scene.name, message)]
 
 
-def _check_aliases(registry: Registry, scene: Scene, servable: set[int]) -> list[Fault]:
+def _check_aliases(
+    reader: Reader, scene: Scene, servable: set[int], faulty: set[int]
+) -> list[Fault]:
+    """Aliases that lead to no version that is kept, or elsewhere than their last move."""
     faults = []
-    for alias in [name for name, number in scene.aliases.items() if number not in servable]:
+    for alias, number in scene.aliases.items():
         thing = f"{scene.name}@{alias}"
         try:
             # Asked again, because the alias may have moved since the scene was listed.
-            registry.resolve(thing)
+            reader.resolve(thing)
         except NotFound as error:
-            faults.append(Fault("dangling_alias", thing, str(error)))
+            if number not in servable:
+                faults.append(Fault("dangling_alias", thing, str(error)))
+        except CorruptObject as error:
+            if number not in faulty:
+                faults.append(Fault("altered_row", thing, str(error)))
     return faults

@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 import bentoml
@@ -59,6 +60,7 @@ def build_road(settings: Settings) -> Road:
     from realfill.base import load_base
     from realfill.rank import loftr
     from registry import Registry
+    from registry.signing import Guard, Policy
     from service.engine import Engine
     from service.road import Road
 
@@ -77,7 +79,9 @@ def build_road(settings: Settings) -> Road:
         max_samples=settings.max_samples,
         max_queue=settings.max_queue,
     )
-    return Road(base, registry, engine, matcher, max_capsules=settings.max_capsules)
+    keys = [Path(key) for key in settings.registry_keys.split(os.pathsep) if key]
+    guard = Guard(Policy(settings.registry_verify), keys)
+    return Road(base, registry, engine, matcher, max_capsules=settings.max_capsules, guard=guard)
 
 
 @bentoml.service(

@@ -39,6 +39,7 @@ from registry.errors import (
     LeaseLost,
     NotFound,
     RegistryError,
+    SignatureRefused,
     StorageUnavailable,
 )
 
@@ -165,6 +166,7 @@ STATUS: dict[type[Exception], int] = {
     Conflict: 409,
     LeaseLost: 409,
     CorruptObject: 500,
+    SignatureRefused: 500,
     StorageUnavailable: 503,
     ServiceError: 500,
     InvalidSettings: 500,

@@ -17,6 +17,7 @@ from starlette.requests import ClientDisconnect, Request
 
 from realfill.errors import RealFillError
 from registry.errors import Conflict, RegistryError
+from registry.records import Version
 from service.completions import WORKERS, Completions
 from service.errors import (
     Cancelled,
@@ -121,9 +122,55 @@ class Routes:
             )
         except Conflict as error:
             raise PreconditionFailed(str(error)) from error
-        view = AliasView(scene=version.scene, alias=alias, version=version.number)
-        headers = {"ETag": f'"{version.number}"'}
-        return Response(view.model_dump_json(), media_type="application/json", headers=headers)
+        return _alias_response(version, alias)
+
+    async def alias(self, scene: str, alias: str) -> Response:
+        """The version that an alias points to; its ETag is for a later If-Match."""
+        version = await self._in_thread(lambda: self.road.registry.resolve(f"{scene}@{alias}"))
+        return _alias_response(version, alias)
+
+    async def rollback(self, scene: str, request: Request, alias: str = "live") -> Response:
+        """Point an alias back to the version it left; with If-Match only from the one named."""
+        expect = expected_version(request.headers.get("if-match"))
+        registry = self.road.registry
+
+        def step_back() -> Version:
+            if expect is not None and registry.scene(scene).aliases.get(alias) != expect:
+                raise PreconditionFailed(
+                    f"The alias {alias!r} of {scene!r} does not point to version {expect}: look "
+                    "where it points now, then decide again."
+                )
+            return registry.rollback(scene, alias, by="http")
+
+        return _alias_response(await self._in_thread(step_back), alias)
+
+    async def version(self, scene: str, number: int) -> Response:
+        """One version; its ETag is the digest of its bytes."""
+        version = await self._resolve(scene, number)
+        body = VersionView.of(version).model_dump_json()
+        return Response(body, media_type="application/json", headers={"ETag": version.etag})
+
+    async def file(self, scene: str, number: int, request: Request) -> Response:
+        """A version's capsule; 304 where If-None-Match names its digest."""
+        version = await self._resolve(scene, number)
+        headers = {"ETag": version.etag, "Cache-Control": "private, immutable, max-age=31536000"}
+        known = [tag.strip() for tag in request.headers.get("if-none-match", "").split(",")]
+        if version.etag in known:
+            return Response(status_code=304, headers=headers)
+        reference = f"sha256:{version.digest}"
+        data = await self._in_thread(lambda: self.road.registry.fetch(reference))
+        name = f"{version.scene}-{version.number}.safetensors"
+        headers["Content-Disposition"] = f'attachment; filename="{name}"'
+        return Response(data, media_type="application/octet-stream", headers=headers)
+
+    async def retire(self, scene: str, number: int) -> VersionView:
+        """Hide a version; 409 while an alias points to it or a service holds it."""
+        registry = self.road.registry
+        retired = await self._in_thread(lambda: registry.retire(scene, number, by="http"))
+        return VersionView.of(retired)
+
+    async def _resolve(self, scene: str, number: int) -> Version:
+        return await self._in_thread(lambda: self.road.registry.resolve(f"{scene}@{number}"))
 
     async def livez(self) -> dict[str, str]:
         """Whether the process answers at all."""
@@ -141,6 +188,12 @@ class Routes:
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self.pool, work)
+
+
+def _alias_response(version: Version, alias: str) -> Response:
+    view = AliasView(scene=version.scene, alias=alias, version=version.number)
+    headers = {"ETag": f'"{version.number}"'}
+    return Response(view.model_dump_json(), media_type="application/json", headers=headers)
 
 
 def _page(limit: int) -> int:
@@ -193,6 +246,31 @@ def _router(routes: Routes, completions: Completions) -> APIRouter:
         routes.set_alias,
         methods=["PUT"],
         responses={200: {"model": AliasView}},
+    )
+    router.add_api_route(
+        "/v1/scenes/{scene}/aliases/{alias}",
+        routes.alias,
+        methods=["GET"],
+        responses={200: {"model": AliasView}},
+    )
+    router.add_api_route(
+        "/v1/scenes/{scene}/rollback",
+        routes.rollback,
+        methods=["POST"],
+        responses={200: {"model": AliasView}},
+    )
+    router.add_api_route(
+        "/v1/scenes/{scene}/versions/{number}",
+        routes.version,
+        methods=["GET"],
+        responses={200: {"model": VersionView}},
+    )
+    router.add_api_route("/v1/scenes/{scene}/versions/{number}", routes.retire, methods=["DELETE"])
+    router.add_api_route(
+        "/v1/scenes/{scene}/versions/{number}/file",
+        routes.file,
+        methods=["GET"],
+        responses={200: _binary("application/octet-stream")},
     )
     router.add_api_route("/livez", routes.livez, methods=["GET"])
     router.add_api_route("/readyz", routes.readyz, methods=["GET"])

@@ -23,6 +23,7 @@ from realfill.complete.seam import seamless
 from realfill.errors import InvalidCapsule
 from realfill.rank import Matcher, Ranking, ReferenceFeatures, prepare_references, rank_candidates
 from registry import Registry, Version
+from registry.signing import Guard
 from service.engine import Job, Sampled
 from service.errors import Cancelled
 from service.images import to_bytes, to_pixels
@@ -159,12 +160,14 @@ class Road:
         matcher: Matcher | None,
         *,
         max_capsules: int = 64,
+        guard: Guard | None = None,
     ) -> None:
         self.base = base
         self.registry = registry
         self.engine = engine
         self.matcher = matcher
         self._max_capsules = max_capsules
+        self._guard = guard or Guard()
         self._capsules: OrderedDict[str, Loaded] = OrderedDict()
         self._load_lock = threading.Lock()
         # Rankings compete with the lane for the device; one at a time bounds their memory.
@@ -277,7 +280,9 @@ class Road:
         with self._load_lock:
             loaded = self._capsules.get(version.digest)
             if loaded is None:
-                capsule = self.check(self.registry.fetch(f"sha256:{version.digest}"))
+                data = self.registry.fetch(f"sha256:{version.digest}")
+                self._guard.check(self.registry, version, data)
+                capsule = self.check(data)
                 loaded = Loaded(capsule, self._prepare(capsule))
                 self._capsules[version.digest] = loaded
                 while len(self._capsules) > self._max_capsules:

@@ -27,6 +27,12 @@ class Settings(BaseSettings):
 
     registry: str = Field("./realfill-registry", description="Folder or URL of the registry.")
     registry_database: str | None = Field(None, description="URL of its database, if elsewhere.")
+    registry_verify: Literal["off", "warn", "require"] = Field(
+        "off", description="What to do about capsules that nobody trusted has signed."
+    )
+    registry_keys: str = Field(
+        "", description="Public keys that are trusted: PEM files, separated as in PATH."
+    )
     base: str = Field("nano", description="nano, sd2, sd2-random, a folder or a hub id.")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -77,8 +83,18 @@ class Settings(BaseSettings):
         return self
 
 
-# Variables of the tests and benchmarks, which may be set where a service is started.
-_OF_OTHERS = {PREFIX + "SCENES", PREFIX + "COMMIT"}
+# Variables of the tests, the benchmarks and the registry, which may be set where a service starts.
+_OF_OTHERS = {
+    PREFIX + name
+    for name in (
+        "SCENES",
+        "COMMIT",
+        "REGISTRY_CACHE",
+        "REGISTRY_CACHE_BYTES",
+        "WEBHOOK_SECRET",
+        "SIGNING_PASSWORD",
+    )
+}
 
 
 def load_settings(**overrides: Any) -> Settings:

@@ -10,9 +10,10 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
+from realfill.base import load_base
 from realfill.capsule import read_capsule
 from realfill.cli import main
-from tests.tiny import save_tiny_base, tiny_base
+from tests.tiny import save_tiny_base, tiny_base, tiny_capsule
 
 
 @pytest.fixture
@@ -43,7 +44,8 @@ def test_help_names_every_command() -> None:
     """Commands of other packages hang in by entry point."""
     status, text = run("--help")
     assert status == 0
-    for command in ("complete", "demo", "pretrain", "registry", "serve", "train"):
+    names = ["complete", "demo", "export", "import", "pretrain", "registry", "serve", "train"]
+    for command in names:
         assert command in text
 
 
@@ -63,6 +65,21 @@ def test_train_writes_a_capsule(folder: Path, tmp_path: Path) -> None:
     assert capsule.header.rank == 2
     assert report["steps"] == 2
     assert not list(folder.glob("*.checkpoint"))
+
+
+def test_export_and_import_give_the_capsule_back(tmp_path: Path) -> None:
+    """To a PEFT folder and back, the same bytes; a wrong OUT is refused in one sentence."""
+    base = save_tiny_base(tmp_path / "base")
+    capsule = tmp_path / "tower.safetensors"
+    capsule.write_bytes(tiny_capsule(load_base(str(base))))
+    words = ("--base", base)
+    status, text = run("export", capsule, tmp_path / "lora", *words, "--json")
+    assert (status, json.loads(text)["format"]) == (0, "peft")
+    status, text = run("import", tmp_path / "lora", tmp_path / "again.safetensors", *words)
+    assert (status, "realfill registry publish" in text) == (0, True)
+    assert (tmp_path / "again.safetensors").read_bytes() == capsule.read_bytes()
+    status, text = run("export", capsule, tmp_path / "lora", *words, "--format", "kohya")
+    assert (status, "writes a file *.safetensors" in text) == (2, True)
 
 
 @pytest.mark.parametrize(

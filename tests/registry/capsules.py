@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Iterator, Mapping
+from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -92,6 +94,10 @@ class MemoryObjects:
     def keys(self, prefix: str) -> Iterator[str]:
         """See ObjectStore."""
         return (key for key in list(self.objects) if key.startswith(f"{prefix}/"))
+
+    def torn(self, before: datetime) -> list[Path]:
+        """See ObjectStore."""
+        return []
 
 
 class FullObjects(MemoryObjects):

@@ -24,12 +24,14 @@ DATA = b"bytes of a capsule"
 DIGEST = hashlib.sha256(DATA).hexdigest()
 
 
-@pytest.fixture(params=["directory", "obstore memory", "fake"])
+@pytest.fixture(params=["directory", "s3", "obstore memory", "fake"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[ObjectStore]:
     """Each kind of store in turn."""
     match request.param:
         case "directory":
             yield open_directory(tmp_path / "store")
+        case "s3":
+            yield open_bucket(f"s3://bucket/{request.getfixturevalue('s3_folder').name}")
         case "obstore memory":
             yield ObstoreObjects(obstore.store.MemoryStore(), "memory")
         case _:
@@ -119,6 +121,37 @@ def test_vendor_error_is_the_cause_of_ours(tmp_path: Path) -> None:
         store.put("blobs/x", DATA)
     assert caught.value.__cause__ is not None
     assert "\n" not in str(caught.value)
+
+
+def test_many_keys_are_listed_in_pages(store: ObjectStore) -> None:
+    """More keys than a server gives at once are all listed."""
+    keys = {f"many/{number:04}" for number in range(1100)}
+    for key in keys:
+        store.put(key, b"")
+    assert set(store.keys("many")) == keys
+
+
+def test_large_object_comes_back(store: ObjectStore) -> None:
+    """Several megabytes go in one piece, and an interrupted one never shows."""
+    data = bytes(range(256)) * 32_768
+    store.put("large", data)
+    assert store.get("large") == data
+
+
+def test_digests_are_those_of_blob_keys(store: ObjectStore) -> None:
+    """Other files in the folder are no blobs."""
+    Blobs(store).put(DATA, DIGEST)
+    for key in (f"blobs/sha256/00/{DIGEST}", "blobs/sha256/ab/letter", f"other/{DIGEST}"):
+        store.put(key, DATA)
+    assert list(Blobs(store).digests()) == [DIGEST]
+
+
+def test_wrong_secret_is_refused(s3_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests are signed: with another secret nothing is stored."""
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    with pytest.raises(StorageUnavailable, match="could not write a/b at s3://bucket"):
+        open_bucket(f"s3://bucket/{s3_folder.name}").put("a/b", DATA)
+    assert not s3_folder.exists()
 
 
 def test_bucket_is_opened_without_a_request(monkeypatch: pytest.MonkeyPatch) -> None:

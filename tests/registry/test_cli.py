@@ -7,11 +7,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from click.testing import CliRunner, Result
 
 from registry.cli import cli
+from registry.schema import REVISION
 from tests.registry.capsules import capsule
+from tests.registry.test_signing import write_keys
 
 
 def run(*words: str) -> Result:
@@ -65,7 +68,7 @@ def test_round_of_all_commands(files: list[str], tmp_path: Path) -> None:
         "rollback",
     ]
     assert run_json("verify") == {"versions": 2, "faults": []}
-    assert run_json("upgrade") == {"revision": "0001"}
+    assert run_json("upgrade") == {"revision": REVISION}
 
 
 def test_lists_are_tables_for_people(files: list[str]) -> None:
@@ -166,3 +169,101 @@ def test_help_teaches_references() -> None:
     output = run("--help").output
     for part in ("tower@candidate", "tower@3", "sha256:", "registry publish", "REALFILL_REGISTRY"):
         assert part in output
+
+
+def test_search_conditions_find_versions(files: list[str]) -> None:
+    """By tag, metric, text, rank, time and alias, over all scenes; pages go on."""
+    run_json("publish", files[1], "--tag", "light=dusk", "--metric", "psnr=21.5", "--parent", "1")
+    (found,) = run_json("list", "--tag", "light=dusk", "--metric", "psnr>=20", "--alias", "live")[
+        "versions"
+    ]
+    assert (found["number"], found["parent"], found["tags"]) == (2, 1, {"light": "dusk"})
+    assert run_json("list", "--tag", "light", "--since", "2100-01-01")["versions"] == []
+    page = run_json("list", "--rank", "2", "--limit", "1")
+    rest = run_json("list", "--rank", "2", "--limit", "1", "--after", page["after"])
+    assert [page["versions"][0]["number"], rest["versions"][0]["number"]] == [2, 1]
+    assert "There are more: --after" in run("list", "--text", "sks", "--limit", "1").output
+
+
+def test_labels_guards_and_removal(files: list[str]) -> None:
+    """Tag, protect, unprotect, sweep, erase."""
+    labelled = run_json("tag", "tower@1", "light=dawn", "--metric", "psnr=20")
+    assert (labelled["tags"], labelled["metrics"]["psnr"]) == ({"light": "dawn"}, 20.0)
+    assert run_json("tag", "tower@1", "--remove", "light")["tags"] == {}
+    assert run_json("protect", "tower")["protected"] is True
+    done = run("publish", files[1])
+    assert (done.exit_code, "is protected" in done.stderr) == (2, True)
+    assert run_json("publish", files[1], "--override")["aliases"] == ["live"]
+    assert run_json("unprotect", "tower") == {"scene": "tower", "alias": "live", "protected": False}
+    run_json("retire", "tower@1")
+    assert len(run_json("sweep", "--grace-days", "0", "--dry-run")["removed"]) == 1
+    assert run("sweep").output.startswith("Marked 1, spared 0 and removed 0 capsules")
+    assert run("erase", "tower", "--reason", "asked for").exit_code == 1
+    assert len(run_json("erase", "tower", "--reason", "asked for", "--yes")["removed"]) == 2
+    assert "was erased on" in run("show", "tower").stderr
+
+
+def test_scenes_travel(files: list[str], tmp_path: Path) -> None:
+    """Export, import under another name, copy."""
+    assert run_json("export", "out.tar")[0]["versions"] == 1
+    assert run_json("import", "out.tar", "--as", "spire")[0]["scene"] == "spire"
+    assert "2 scenes to other." in run("copy", "other").output
+    assert [scene["name"] for scene in run_json("--registry", "other", "list")] == [
+        "spire",
+        "tower",
+    ]
+    done = run("copy", "s3://bucket")
+    assert (done.exit_code, "--target-database" in done.stderr) == (2, True)
+
+
+def test_watch_prints_events(files: list[str]) -> None:
+    """A line each, or a JSON object each."""
+    lines = run("watch", "--since", "0", "--once").output.splitlines()
+    assert [line.split()[3] for line in lines] == ["version.published", "alias.moved"]
+    printed = run("watch", "--since", "1", "--once", "--json").output.splitlines()
+    assert [json.loads(line)["type"] for line in printed] == ["alias.moved"]
+    assert run("watch", "--once").output == ""
+
+
+def test_deliver_needs_a_secret_and_tells_of_failures(
+    files: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody listens on the port: the events are kept for later."""
+    url = "http://127.0.0.1:9/hook"
+    assert "REALFILL_WEBHOOK_SECRET" in run("deliver", url, "--once").stderr
+    monkeypatch.setenv("REALFILL_WEBHOOK_SECRET", "whsec_" + "QUJD" * 11)
+    lines = run("deliver", url, "--once").output.splitlines()
+    assert len(lines) == 2
+    assert "version.published again at" in lines[0]
+    assert run("deliver", url, "--once", "--again").stderr == "0 events will be sent again.\n"
+
+
+def test_signatures_are_made_and_asked_for(files: list[str], tmp_path: Path) -> None:
+    """Sign, verify and fetch under a policy."""
+    private, public = write_keys(tmp_path, "ada")
+    asked = ["--verify", "require", "--key", str(public)]
+    assert "is not signed" in run("fetch", "tower", "out", *asked).stderr
+    assert run("verify", *asked).exit_code == 1
+    warned = run("fetch", "tower", "out", "--verify", "warn", "--key", str(public))
+    assert (warned.exit_code, "Warning: The version tower@1" in warned.stderr) == (0, True)
+    assert run_json("sign", "tower", "--key", str(private))["number"] == 1
+    assert run("fetch", "tower", "out", *asked).exit_code == 0
+    assert run("verify", *asked).exit_code == 0
+
+
+def test_docs_list_every_command_and_option(root: Path) -> None:
+    """docs/registry.md has a heading for each command and names each of its own options."""
+    text = (root / "docs" / "registry.md").read_text()
+    for name, command in cli.commands.items():
+        assert f"\n### `registry {name}`\n" in text, name
+        section = text.split(f"\n### `registry {name}`\n")[1].split("\n### ")[0]
+        for option in command.params:
+            if isinstance(option, click.Option) and option.name not in ("as_json", "by"):
+                assert f"`{option.opts[0]}" in section, (name, option.opts[0])
+
+
+def test_the_shell_completes_commands(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As docs/registry.md says, by click's own script."""
+    words = {"_REGISTRY_COMPLETE": "bash_complete", "COMP_WORDS": "registry ro", "COMP_CWORD": "1"}
+    done = CliRunner().invoke(cli, [], prog_name="registry", env=words)
+    assert done.output == "plain,rollback\n"

@@ -362,6 +362,7 @@ def test_threads_share_one_registry(registry: Registry) -> None:
     assert numbers == list(range(2, 50))
 
 
+@pytest.mark.parametrize("backend", ["sqlite+directory"], indirect=True)
 def test_warm_resolve_takes_less_than_a_millisecond(registry: Registry) -> None:
     """The best of ten rounds counts, in processor time, so that a busy machine changes nothing."""
     registry.publish(capsule())

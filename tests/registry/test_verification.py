@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from registry import Registry
+from registry import CorruptObject, Registry
 from registry.records import Fault
 from tests.registry.capsules import capsule
 
@@ -86,9 +86,17 @@ def test_edited_counter_is_named(filled: Registry, tmp_path: Path) -> None:
     assert found(filled) == [("altered_row", "tower")]
 
 
-def test_alias_of_a_retired_version_is_named(filled: Registry, tmp_path: Path) -> None:
-    """An alias that was moved past the checks is found."""
-    edit(tmp_path, "UPDATE aliases SET number = 1 WHERE number = 3")
+def test_edited_alias_is_named(filled: Registry, tmp_path: Path) -> None:
+    """An alias that points elsewhere than its last move went is found, and not followed."""
+    edit(tmp_path, "UPDATE aliases SET number = 2 WHERE number = 3")
+    assert found(filled) == [("altered_row", "tower@live")]
+    with pytest.raises(CorruptObject, match="points to version 2 and its last move went to 3"):
+        filled.resolve("tower")
+
+
+def test_alias_to_no_version_is_named(filled: Registry, tmp_path: Path) -> None:
+    """An alias whose version is gone is found."""
+    edit(tmp_path, "UPDATE aliases SET number = 9 WHERE number = 3")
     assert found(filled) == [("dangling_alias", "tower@live")]
 
 

@@ -35,6 +35,7 @@ def test_statuses_are_pinned() -> None:
         "Conflict": 409,
         "LeaseLost": 409,
         "CorruptObject": 500,
+        "SignatureRefused": 500,
         "StorageUnavailable": 503,
         "ServiceError": 500,
         "InvalidSettings": 500,

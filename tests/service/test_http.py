@@ -219,3 +219,47 @@ def test_openapi_describes_the_form_and_the_error(client: TestClient) -> None:
     assert operation["responses"]["4XX"]["content"]["application/json"]["schema"] == {
         "$ref": "#/components/schemas/ErrorView"
     }
+
+
+def test_a_version_and_its_file_have_the_digest_as_etag(
+    client: TestClient, capsules: list[bytes]
+) -> None:
+    """What is known need not be sent again."""
+    digest = _publish(client, capsules[0]).json()["digest"]
+    path = "/v1/scenes/tower/versions/1"
+    seen = client.get(path)
+    assert (seen.json()["digest"], seen.headers["etag"]) == (digest, f'"sha256:{digest}"')
+    file = client.get(f"{path}/file")
+    assert file.content == capsules[0]
+    assert file.headers["content-disposition"] == 'attachment; filename="tower-1.safetensors"'
+    again = client.get(f"{path}/file", headers={"If-None-Match": f'"x", {file.headers["etag"]}'})
+    assert (again.status_code, again.content) == (304, b"")
+    _refused(client.get("/v1/scenes/tower/versions/7"), 404, "not_found")
+    _refused(client.get("/v1/scenes/tower/versions/one/file"), 422, "invalid_request")
+
+
+def test_rollback_goes_back_from_where_it_was_expected(
+    client: TestClient, capsules: list[bytes]
+) -> None:
+    """The alias's ETag is asked for, and given back with If-Match."""
+    for capsule in capsules:
+        _publish(client, capsule)
+    etag = client.get("/v1/scenes/tower/aliases/live").headers["etag"]
+    assert etag == '"2"'
+    path = "/v1/scenes/tower/rollback"
+    _refused(client.post(path, headers={"If-Match": '"1"'}), 412, "precondition_failed")
+    back = client.post(path, headers={"If-Match": etag})
+    assert (back.json()["version"], back.headers["etag"]) == (1, '"1"')
+    _refused(client.post(path), 404, "not_found")
+
+
+def test_a_version_is_retired_when_no_alias_points_to_it(
+    client: TestClient, capsules: list[bytes]
+) -> None:
+    """409 before, and hidden after."""
+    for capsule in capsules:
+        _publish(client, capsule)
+    _refused(client.delete("/v1/scenes/tower/versions/2"), 409, "conflict")
+    assert client.delete("/v1/scenes/tower/versions/1").json()["version"] == 1
+    _refused(client.get("/v1/scenes/tower/versions/1"), 404, "not_found")
+    assert [v["version"] for v in client.get("/v1/scenes/tower/versions").json()["versions"]] == [2]

@@ -1,0 +1,1 @@
+"""How fast the registry is: publishing, resolving, listing, fetching, and MLflow beside it."""

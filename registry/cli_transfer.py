@@ -1,0 +1,215 @@
+"""The `registry` commands between a registry and the rest: exports, copies, events, signatures."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from contextlib import closing
+from pathlib import Path
+
+import click
+
+from registry import signing, tables
+from registry.commands import Address, Refused, by_option, counting, json_option
+from registry.events import watch as watch_events
+from registry.manifest import open_export
+from registry.registry import Registry
+from registry.transfer import RegistrySource, Transfer, export_scenes, import_scenes
+from registry.webhooks import SECRET_VARIABLE, Courier, send_again
+
+PASSWORD_VARIABLE = "REALFILL_SIGNING_PASSWORD"
+
+
+@click.command("export")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("scenes", nargs=-1)
+@json_option
+@click.pass_obj
+def export_command(address: Address, out: Path, scenes: tuple[str, ...], as_json: bool) -> None:
+    """Write SCENES, by default all, to the directory OUT, or to a file that ends in .tar.
+
+    Capsules, signatures, and a manifest with digests, aliases and history. An interrupted export
+    to a directory goes on where it was when it is started again.
+    """
+    registry = address.open()
+    with counting("Wrote") as step:
+        done = export_scenes(registry, out, scenes, progress=step)
+    _print_transfers(done, as_json, f"to {out}")
+
+
+@click.command("import")
+@click.argument("source", type=click.Path(exists=True, path_type=Path))
+@click.argument("scenes", nargs=-1)
+@click.option("--as", "rename", metavar="NAME", help="Name of the one scene here.")
+@by_option
+@json_option
+@click.pass_obj
+def import_command(
+    address: Address,
+    source: Path,
+    scenes: tuple[str, ...],
+    rename: str | None,
+    by: str | None,
+    as_json: bool,
+) -> None:
+    """Take SCENES, by default all, from the export SOURCE.
+
+    A scene that is here already is only carried forward: if it went another way, nothing of it is
+    changed.
+    """
+    registry = address.open(create=True)
+    with counting("Read") as step:
+        done = import_scenes(
+            registry, open_export(source), scenes, rename=rename, by=by, progress=step
+        )
+    _print_transfers(done, as_json, f"from {source}")
+
+
+@click.command()
+@click.argument("target", metavar="TARGET")
+@click.argument("scenes", nargs=-1)
+@click.option("--target-database", metavar="URL", help="Database of the other registry.")
+@click.option("--as", "rename", metavar="NAME", help="Name of the one scene there.")
+@by_option
+@json_option
+@click.pass_obj
+def copy(
+    address: Address,
+    target: str,
+    scenes: tuple[str, ...],
+    target_database: str | None,
+    rename: str | None,
+    by: str | None,
+    as_json: bool,
+) -> None:
+    """Carry SCENES, by default all, to the registry TARGET, a directory or s3://bucket/prefix.
+
+    Every capsule is checked against its digest on both sides. An interrupted copy is repeated:
+    what arrived is not sent again.
+    """
+    source = RegistrySource(address.open(), scenes)
+    # Never this registry's database: its variable belongs to the registry that is read.
+    database = target_database or _own_database(target)
+    other = Registry.open(target, database=database)
+    with counting("Copied") as step:
+        done = import_scenes(other, source, scenes, rename=rename, by=by, progress=step)
+    _print_transfers(done, as_json, f"to {target}")
+
+
+def _own_database(target: str) -> str:
+    if target.startswith("s3://"):
+        raise Refused(f"The registry {target} needs a database: name it with --target-database.")
+    folder = Path(target.removeprefix("file://"))
+    folder.mkdir(parents=True, exist_ok=True)
+    return f"sqlite:///{(folder / 'registry.db').resolve()}"
+
+
+def _print_transfers(done: list[Transfer], as_json: bool, where: str) -> None:
+    if as_json:
+        tables.print_json(done)
+        return
+    tables.print_transfers(done)
+    click.echo(f"{len(done)} scenes {where}.")
+
+
+@click.command()
+@click.option("--since", type=click.IntRange(0), metavar="N", help="Begin behind event N.")
+@click.option("--once", is_flag=True, help="End when there is nothing new.")
+@click.option("--every", "every_s", type=click.FloatRange(0.05), default=1.0, show_default=True)
+@json_option
+@click.pass_obj
+def watch(address: Address, since: int | None, once: bool, every_s: float, as_json: bool) -> None:
+    """Print events as they come, one a line, until Ctrl-C.
+
+    Only new ones, unless --since names a number; --since 0 begins with the first.
+    """
+    registry = address.open()
+
+    class NothingNew(Exception):
+        pass
+
+    def wait(pause_s: float) -> None:
+        if once:
+            raise NothingNew
+        time.sleep(pause_s)
+
+    try:
+        for event in watch_events(registry, after=since, every_s=every_s, wait=wait):
+            if as_json:
+                line = {"id": event.id, **json.loads(event.payload)}
+                click.echo(json.dumps(line, ensure_ascii=False))
+            else:
+                click.echo(tables.event_line(event))
+    except NothingNew:
+        return
+    except KeyboardInterrupt:
+        click.echo("", err=True)
+
+
+@click.command()
+@click.argument("endpoints", nargs=-1, required=True, metavar="URL...")
+@click.option("--once", is_flag=True, help="End when nothing is due.")
+@click.option("--again", is_flag=True, help="First let events that were given up be sent again.")
+@click.option("--every", "every_s", type=click.FloatRange(0.05), default=1.0, show_default=True)
+@json_option
+@click.pass_obj
+def deliver(
+    address: Address,
+    endpoints: tuple[str, ...],
+    once: bool,
+    again: bool,
+    every_s: float,
+    as_json: bool,
+) -> None:
+    """Send every event of the registry to each URL, signed, until Ctrl-C.
+
+    Signatures follow Standard Webhooks; REALFILL_WEBHOOK_SECRET holds the secret, or several with
+    spaces between them. At least once: receivers drop an event whose webhook-id they have seen.
+    """
+    registry = address.open()
+    if again:
+        count = send_again(registry)
+        click.echo(f"{count} events will be sent again.", err=True)
+    secrets = os.environ.get(SECRET_VARIABLE, "").split()
+    with closing(Courier(registry, endpoints, secrets)) as courier:
+        try:
+            while True:
+                done = courier.round()
+                for delivery in done:
+                    if as_json:
+                        line = {"id": delivery.event.id, "failure": delivery.failure}
+                        click.echo(json.dumps(line, ensure_ascii=False))
+                    else:
+                        click.echo(tables.delivery_line(delivery))
+                if once and not done:
+                    return
+                if not done:
+                    time.sleep(every_s)
+        except KeyboardInterrupt:
+            click.echo("", err=True)
+
+
+@click.command()
+@click.argument("reference")
+@click.option(
+    "--key",
+    type=click.Path(path_type=Path),
+    required=True,
+    metavar="PEM",
+    help=f"Private elliptic key; {PASSWORD_VARIABLE} holds its password, if it has one.",
+)
+@by_option
+@json_option
+@click.pass_obj
+def sign(address: Address, reference: str, key: Path, by: str | None, as_json: bool) -> None:
+    """Sign the capsule that REFERENCE names, with the package model-signing.
+
+    `registry verify --verify require --key public.pem` checks it, as fetch and the service can.
+    """
+    password = os.environ.get(PASSWORD_VARIABLE)
+    version = signing.sign(address.open(), reference, key, password=password, by=by)
+    tables.print_done(version, as_json, "Signed")
+
+
+TRANSFER = (export_command, import_command, copy, watch, deliver, sign)

@@ -1,0 +1,336 @@
+"""Webhooks, sent to a real HTTP server in a thread: signatures, failures, duplicates."""
+
+from __future__ import annotations
+
+import base64
+import json
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+
+from registry import InvalidReference, Registry, SignatureRefused
+from registry.events import Event, read_events, watch
+from registry.webhooks import MAX_ATTEMPTS, Courier, retry_s, send_again, sign, verify
+from tests.registry.capsules import capsule
+
+SECRET = "whsec_" + base64.b64encode(b"a secret of thirty-two bytes ...").decode()
+OLD_SECRET = "whsec_" + base64.b64encode(b"the one that was there before ..").decode()
+
+
+@dataclass
+class Receiver:
+    """A server that keeps what it was sent, and answers as it is told to.
+
+    Attributes:
+        statuses: Answers to come; then 204. None hangs up without one.
+    """
+
+    url: str
+    got: list[tuple[dict[str, str], bytes]] = field(default_factory=list)
+    statuses: list[int | None] = field(default_factory=list)
+
+    @property
+    def ids(self) -> list[str]:
+        """The ids of what came, in order."""
+        return [headers["webhook-id"] for headers, _ in self.got]
+
+
+def handler_of(receiver: Receiver) -> type[BaseHTTPRequestHandler]:
+    """A handler that writes into the receiver."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["content-length"]))
+            receiver.got.append(({k.lower(): v for k, v in self.headers.items()}, body))
+            status = receiver.statuses.pop(0) if receiver.statuses else 204
+            if status is None:
+                self.close_connection = True
+                return
+            self.send_response(status)
+            if status == 302:
+                self.send_header("location", receiver.url)
+            self.end_headers()
+
+        def log_message(self, format: str, *args: Any) -> None:
+            """Say nothing."""
+
+    return Handler
+
+
+@pytest.fixture
+def servers() -> Iterator[Callable[[], Receiver]]:
+    """Starts receivers."""
+    running: list[tuple[ThreadingHTTPServer, threading.Thread]] = []
+
+    def start() -> Receiver:
+        receiver = Receiver("")
+        server = ThreadingHTTPServer(("127.0.0.1", 0), handler_of(receiver))
+        receiver.url = f"http://127.0.0.1:{server.server_port}/hook"
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+        thread.start()
+        running.append((server, thread))
+        return receiver
+
+    yield start
+    for server, thread in running:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+class Clock:
+    """A time that goes on only when it is told to."""
+
+    def __init__(self) -> None:
+        self.now = datetime(2026, 5, 4, 12, tzinfo=UTC)
+
+    def __call__(self) -> datetime:
+        return self.now
+
+    def advance(self, seconds: float) -> None:
+        """Let time pass."""
+        self.now += timedelta(seconds=seconds)
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def full(registry: Registry) -> Registry:
+    """A registry in which two things happened."""
+    registry.publish(capsule(), by="ada")
+    return registry
+
+
+def courier(registry: Registry, clock: Clock, *receivers: Receiver) -> Courier:
+    """A courier whose pauses are known."""
+    urls = [receiver.url for receiver in receivers]
+    return Courier(registry, urls, [SECRET], clock=clock, jitter=lambda: 0.0)
+
+
+def test_events_arrive_signed(full: Registry, clock: Clock, servers: Any) -> None:
+    """In order, once, with a body that says what happened and headers that prove it."""
+    receiver = servers()
+    carrier = courier(full, clock, receiver)
+    assert [delivery.failure for delivery in carrier.round()] == [None, None]
+    assert carrier.round() == []
+    bodies = [json.loads(body) for _, body in receiver.got]
+    assert [body["type"] for body in bodies] == ["version.published", "alias.moved"]
+    assert bodies[0]["data"] | {"at": ""} == {
+        "at": "",
+        "by": "ada",
+        "digest": full.resolve("tower").digest,
+        "number": 1,
+        "scene": "tower",
+    }
+    for headers, body in receiver.got:
+        assert headers["content-type"] == "application/json"
+        verify(headers, body, SECRET, now=clock.now)
+    assert all(event.delivered == clock.now for event in read_events(full))
+    carrier.close()
+
+
+def test_a_known_signature() -> None:
+    """The example of the Standard Webhooks specification's reference libraries."""
+    secret = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
+    signature = sign("msg_p5jXN8AQM9LWM0D4loKWxJek", 1614265330, b'{"test": 2432232314}', [secret])
+    assert signature == "v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE="
+
+
+def test_forged_and_stale_webhooks_are_refused() -> None:
+    """Another body, id, secret or time; and signatures while a secret is being replaced."""
+    now = datetime(2026, 5, 4, 12, tzinfo=UTC)
+    at = int(now.timestamp())
+    headers = {
+        "webhook-id": "evt_1",
+        "webhook-timestamp": str(at),
+        "webhook-signature": sign("evt_1", at, b"{}", [OLD_SECRET, SECRET]),
+    }
+    verify(headers, b"{}", SECRET, now=now)
+    verify(headers, b"{}", OLD_SECRET, now=now)
+    other = "whsec_" + base64.b64encode(bytes(32)).decode()
+    for changed, body, secret in (
+        (headers, b"{ }", SECRET),
+        (headers | {"webhook-id": "evt_2"}, b"{}", SECRET),
+        (headers | {"webhook-timestamp": str(at + 1)}, b"{}", SECRET),
+        (headers | {"webhook-signature": "v1,\xe9"}, b"{}", SECRET),
+        (headers, b"{}", other),
+        ({}, b"{}", SECRET),
+    ):
+        with pytest.raises(SignatureRefused):
+            verify(changed, body, secret, now=now)
+    with pytest.raises(SignatureRefused, match="301 s off"):
+        verify(headers, b"{}", SECRET, now=now + timedelta(seconds=301))
+
+
+def test_a_refused_event_is_sent_again(full: Registry, clock: Clock, servers: Any) -> None:
+    """After 5, 10, 20 seconds; the same id and bytes each time, and a new signature."""
+    receiver = servers()
+    receiver.statuses = [500, 204, None, 302, 204]
+    carrier = courier(full, clock, receiver)
+    first, second = carrier.round()
+    assert (first.failure or "").endswith("answered 500")
+    assert second.failure is None
+    for pause, failure in ((5, "RemoteProtocolError"), (10, "answered 302"), (20, None)):
+        assert carrier.round() == []
+        clock.advance(pause)
+        (delivery,) = carrier.round()
+        assert (failure or "") in (delivery.failure or "")
+        assert (delivery.due is None) == (failure is None)
+    retried = [got for got in receiver.got if got[0]["webhook-id"] == first.event.message_id]
+    assert len({body for _, body in retried}) == 1
+    assert len({headers["webhook-signature"] for headers, _ in retried}) == len(retried) == 4
+    event = read_events(full)[0]
+    assert (event.attempts, event.failure, event.delivered) == (4, None, clock.now)
+
+
+def test_an_unreachable_endpoint_is_an_attempt(full: Registry, clock: Clock) -> None:
+    """Nobody listens: the event waits, and its row says why, without the address's secrets."""
+    nobody = Receiver("http://user:password@127.0.0.1:9/hook?token=x")
+    (delivery, _) = courier(full, clock, nobody).round()
+    assert delivery.failure == "http://127.0.0.1/hook: ConnectError: [Errno 111] Connection refused"
+    assert read_events(full)[0].failure == delivery.failure
+
+
+def test_one_that_took_an_event_is_not_asked_again(
+    full: Registry, clock: Clock, servers: Any
+) -> None:
+    """While the other endpoint refuses; a new courier does not know and sends a duplicate."""
+    good, bad = servers(), servers()
+    bad.statuses = [503] * 4
+    carrier = courier(full, clock, good, bad)
+    carrier.round()
+    clock.advance(5)
+    carrier.round()
+    assert (len(good.ids), len(bad.ids)) == (2, 4)
+    clock.advance(10)
+    courier(full, clock, good, bad).round()
+    assert len(good.ids) == 4
+    assert len(set(good.ids)) == 2
+    assert all(event.delivered for event in read_events(full))
+
+
+def test_a_courier_that_died_loses_nothing(full: Registry, clock: Clock, servers: Any) -> None:
+    """Its claim runs out, and another one sends the event."""
+    receiver = servers()
+    claimed = courier(full, clock, receiver)._claim()
+    assert len(claimed) == 2
+    second = courier(full, clock, receiver)
+    assert second.round() == []
+    clock.advance(240)
+    assert [delivery.failure for delivery in second.round()] == [None, None]
+    assert len(receiver.ids) == 2
+
+
+def test_couriers_side_by_side_send_each_event_once(
+    registry: Registry, clock: Clock, servers: Any
+) -> None:
+    """Threads that share a registry: claims keep them apart."""
+    for seed in range(5):
+        registry.publish(capsule(seed=seed))
+    receiver = servers()
+    threads = [threading.Thread(target=courier(registry, clock, receiver).round) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(receiver.ids) == len(set(receiver.ids)) == len(read_events(registry)) == 10
+
+
+def test_an_event_is_given_up_in_the_end(full: Registry, clock: Clock, servers: Any) -> None:
+    """After the last attempt it waits for a person, who lets it be sent again."""
+    receiver = servers()
+    receiver.statuses = [500] * 2 * MAX_ATTEMPTS
+    carrier = courier(full, clock, receiver)
+    for _ in range(MAX_ATTEMPTS):
+        last = carrier.round()
+        clock.advance(7 * 3600)
+    assert [delivery.due for delivery in last] == [None, None]
+    assert carrier.round() == []
+    assert send_again(full) == 2
+    assert [delivery.failure for delivery in carrier.round()] == [None, None]
+    assert send_again(full) == 0
+
+
+def test_pauses_double_up_to_a_bound() -> None:
+    """Two days in all, so that a weekend's outage is mostly bridged."""
+    pauses = [retry_s(attempts, 0.0) for attempts in range(1, MAX_ATTEMPTS)]
+    assert pauses[:3] == [5, 10, 20]
+    assert max(pauses) == 6 * 3600
+    assert 40 * 3600 < sum(pauses) < 60 * 3600
+    assert retry_s(1, 0.99) < 1.25 * 5
+
+
+@pytest.mark.parametrize(
+    ("urls", "secrets", "sentence"),
+    [
+        (["ftp://host/x"], [SECRET], "is no address"),
+        (["host/x"], [SECRET], "is no address"),
+        ([], [SECRET], "need an endpoint and a secret"),
+        (["http://host"], [], "need an endpoint and a secret"),
+        (["http://host"], ["whsec_short"], "is malformed"),
+        (["http://host"], ["whsec_" + "%" * 40], "is malformed"),
+    ],
+)
+def test_wrong_settings_are_refused(
+    registry: Registry, urls: list[str], secrets: list[str], sentence: str
+) -> None:
+    """Before anything is sent."""
+    with pytest.raises(InvalidReference, match=sentence):
+        Courier(registry, urls, secrets)
+
+
+def until_interrupted(stream: Iterator[Event]) -> Iterator[Event]:
+    """The stream as far as somebody presses Ctrl-C."""
+    with suppress(KeyboardInterrupt):
+        yield from stream
+
+
+def test_watch_yields_events_as_they_come(full: Registry) -> None:
+    """Only new ones by default, each once, in order."""
+    steps: list[Callable[[], object]] = [
+        lambda: full.publish(capsule(seed=1)),
+        lambda: full.retire("tower", 1),
+    ]
+
+    def wait(_: float) -> None:
+        if not steps:
+            raise KeyboardInterrupt
+        steps.pop(0)()
+
+    seen: list[object] = []
+    seen += [event.kind for event in until_interrupted(watch(full, wait=wait))]
+    assert seen == ["version.published", "alias.moved", "version.retired"]
+    seen += [event.kind for event in until_interrupted(watch(full, after=0, wait=wait))]
+    assert len(seen) == 3 + 5
+
+
+def test_watch_sees_a_row_that_was_committed_late(full: Registry) -> None:
+    """PostgreSQL may show a lower number after a higher one."""
+    from sqlalchemy import delete, insert, select
+
+    from registry.schema import outbox
+
+    with full.database.writing() as connection:
+        row = dict(connection.execute(select(outbox).where(outbox.c.id == 1)).one()._mapping)
+        connection.execute(delete(outbox).where(outbox.c.id == 1))
+    calls: list[int] = []
+
+    def wait(_: float) -> None:
+        if calls:
+            raise KeyboardInterrupt
+        calls.append(1)
+        with full.database.writing() as connection:
+            connection.execute(insert(outbox).values(row))
+
+    seen: list[object] = []
+    seen += [event.id for event in until_interrupted(watch(full, after=0, wait=wait))]
+    assert seen == [2, 1]
