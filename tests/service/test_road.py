@@ -14,11 +14,13 @@ from torch import Tensor
 from realfill.base import Base
 from realfill.capsule import read_capsule, write_capsule
 from realfill.errors import AdapterMismatch, InvalidCapsule
-from registry.errors import CorruptObject, NotFound
+from registry.errors import CorruptObject, NotFound, SignatureRefused
+from registry.signing import Guard, Policy, sign
 from service.engine import Engine
 from service.errors import Cancelled
 from service.road import Plan, Road
 from tests.fakes import GreyEngine, hole, photo, road_of
+from tests.registry.test_signing import write_keys
 from tests.tiny import tiny_base, tiny_capsule
 
 # The fake engine's fills are told apart by their grey, which seam removal would take away.
@@ -208,3 +210,17 @@ def test_the_real_engine_answers_each_scene_with_its_own_adapter(
     ]
     assert torch.equal(pictures[0], pictures[2])
     assert not torch.equal(pictures[0], pictures[1])
+
+
+def test_an_unsigned_capsule_is_refused_where_signatures_are_required(
+    base: Base, tower: bytes, tmp_path: Path, image: Tensor, mask: Tensor
+) -> None:
+    """Before a tensor of it is read; once it is signed, it is served."""
+    private, public = write_keys(tmp_path, "ada")
+    registry = road_of(base, tmp_path).registry
+    registry.publish(tower)
+    guarded = Road(base, registry, GreyEngine(), None, guard=Guard(Policy.REQUIRE, [public]))
+    with pytest.raises(SignatureRefused, match="is not signed"):
+        guarded.complete("tower", image, mask, PLAN)
+    sign(registry, "tower", private)
+    assert guarded.complete("tower", image, mask, PLAN).version.number == 1
