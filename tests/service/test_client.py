@@ -21,7 +21,7 @@ from tests.tiny import tiny_base, tiny_capsule
 @pytest.fixture
 def client(tmp_path: Path) -> Iterator[Client]:
     road = road_of(tiny_base(), tmp_path)
-    with TestClient(create_app(road, Settings())) as app:
+    with TestClient(create_app(road, Settings(seamless=False))) as app:
 
         def forward(request: httpx.Request) -> httpx.Response:
             answer = app.request(

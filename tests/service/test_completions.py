@@ -53,7 +53,9 @@ def serve(base: Base, capsule: bytes, tmp_path: Path) -> Iterator[Serve]:
     def start(engine: Lane | None = None, **limits: Any) -> TestClient:
         road = road_of(base, tmp_path, engine)
         road.registry.publish(capsule)
-        client = TestClient(create_app(road, Settings(**limits)))
+        # The fake engine's fills are told apart by their grey.
+        settings = Settings(**{"seamless": False, **limits})
+        client = TestClient(create_app(road, settings))
         clients.append(client.__enter__())
         return client
 
