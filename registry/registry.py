@@ -27,7 +27,7 @@ from registry.address import (
     locate_cache,
 )
 from registry.aliases import Step, step_back
-from registry.errors import InvalidReference
+from registry.errors import CorruptObject, InvalidReference
 from registry.keeper import Keeper, person
 from registry.records import (
     LIVE,
@@ -142,7 +142,12 @@ class Registry(Keeper):
         labels = check_tags(tags or {}), check_metrics(metrics or {})
         with self._database.reading() as connection:
             ledger.refuse_erased(connection, scene, upload.digest)
-        self._blobs.put(data, upload.digest)
+        try:
+            self._blobs.put(data, upload.digest)
+            stored = True
+        except CorruptObject:
+            # A sweep may have taken them at once; below, where their row is held, none can.
+            stored = False
         step = Step(0, scene, alias or "", 0, "publish", person(by), self._clock(), None, override)
         with self._database.writing() as connection:
             ledger.add_scene(connection, scene, step.at)
@@ -150,7 +155,7 @@ class Registry(Keeper):
             swept = ledger.take_blob(connection, upload, step.at)
             # Once more, now that both rows are held.
             ledger.refuse_erased(connection, scene, upload.digest)
-            if swept:
+            if swept or not stored:
                 self._blobs.put(data, upload.digest)
             held = ledger.held_as(connection, step.scene_id, upload.digest)
             if held is None or held.retired is None:

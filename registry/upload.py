@@ -114,6 +114,7 @@ def inspect(data: bytes) -> Upload:
         InvalidUpload: The bytes are torn, malformed or hold a value that is not finite.
     """
     header, region = _split(data)
+    _check_digests(header, region)
     metadata = _read_metadata(header.pop("__metadata__", None))
     entries = {name: _read_entry(name, entry) for name, entry in header.items()}
     _check_tiling(entries, len(region))
@@ -227,6 +228,26 @@ def _read_metadata(raw: Any) -> dict[str, Any]:
     metadata = {**raw, **{key: _decode(raw, key, kind) for key, kind in REQUIRED_JSON.items()}}
     _check_storable(metadata)
     return metadata
+
+
+def _check_digests(header: dict[str, Any], region: memoryview) -> None:
+    """Where a capsule states the digests of its header and tensors, they are its own."""
+    raw = header.get("__metadata__")
+    if not isinstance(raw, dict):
+        return
+    stated = {part: raw.get(f"realfill.{part}_digest") for part in ("header", "tensor")}
+    rest = {key: text for key, text in raw.items() if key != "realfill.header_digest"}
+    text = json.dumps({**header, "__metadata__": rest}, sort_keys=True)
+    found = {
+        "header": hashlib.sha256(text.encode()).hexdigest(),
+        "tensor": hashlib.sha256(region).hexdigest(),
+    }
+    for part, digest in stated.items():
+        if digest is not None and digest != found[part]:
+            raise InvalidUpload(
+                f"The capsule's {part} is not the one that was written: its bytes have changed "
+                "since. Upload the file that the training wrote, or train again."
+            )
 
 
 def _check_storable(metadata: dict[str, Any]) -> None:

@@ -14,9 +14,9 @@ from sqlalchemy import select
 from registry import Conflict, InvalidReference, LeaseLost, NotFound, Registry, StorageUnavailable
 from registry.blobs import FOLDER, blob_key, open_directory
 from registry.database import Database
-from registry.errors import AlreadyExists
+from registry.errors import AlreadyExists, CorruptObject
 from registry.schema import audit
-from tests.registry.capsules import MemoryObjects, capsule
+from tests.registry.capsules import MemoryObjects, TearingObjects, capsule
 
 HOUR = timedelta(hours=1)
 
@@ -192,6 +192,37 @@ def test_missing_bytes_do_not_stop_a_sweep(shop: Shop) -> None:
     digest = shop.retired()
     del shop.objects.objects[blob_key(digest)]
     assert shop.registry.sweep(grace=timedelta(0)).removed == (digest,)
+
+
+class SweepingObjects(MemoryObjects):
+    """A store from which the first object is taken as soon as it is there."""
+
+    taken = False
+
+    def put(self, key: str, data: bytes) -> None:
+        """Keep every object but the first."""
+        if self.taken:
+            super().put(key, data)
+        self.taken = True
+
+
+def test_bytes_that_a_sweep_takes_at_once_are_stored_again(tmp_path: Path) -> None:
+    """Publishing does not fail because a sweep came between writing and reading back."""
+    database = Database(f"sqlite:///{tmp_path}/rows.db")
+    database.prepare()
+    registry = Registry(database, SweepingObjects())
+    registry.publish(capsule())
+    assert registry.fetch("tower") == capsule()
+
+
+def test_store_that_tears_publishes_nothing(tmp_path: Path) -> None:
+    """Bytes that come back altered are tried once more, then no row is written."""
+    database = Database(f"sqlite:///{tmp_path}/rows.db")
+    database.prepare()
+    registry = Registry(database, TearingObjects())
+    with pytest.raises(CorruptObject, match="were altered"):
+        registry.publish(capsule())
+    assert registry.scenes() == []
 
 
 def test_torn_files_of_dead_writers_are_removed(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from safetensors.numpy import save
 from registry.errors import InvalidUpload
 from registry.upload import MAX_HEADER_BYTES, inspect
 from tests.registry.capsules import FINGERPRINT, capsule, frame, metadata, tensors, write
+from tests.tiny import tiny_base, tiny_capsule
 
 
 def header_of(data: bytes) -> tuple[dict[str, Any], bytes]:
@@ -188,3 +189,15 @@ def test_damaged_capsule_never_fails_in_another_way(data: st.DataObject) -> None
     except InvalidUpload:
         return
     assert upload.digest == hashlib.sha256(damaged).hexdigest()
+
+
+@pytest.mark.parametrize("part", ["header", "tensor"])
+def test_bytes_that_changed_since_they_were_written_are_refused(part: str) -> None:
+    """A capsule of the trainer states its digests; a flipped bit in either part is seen."""
+    written = tiny_capsule(tiny_base())
+    assert inspect(written).scene == "tower"
+    flipped = bytearray(written)
+    place = written.index(b"a photo of sks") if part == "header" else len(written) - 100
+    flipped[place] ^= 1
+    with pytest.raises(InvalidUpload, match=f"{part} is not the one that was written"):
+        inspect(bytes(flipped))
