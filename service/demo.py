@@ -33,7 +33,7 @@ from realfill.nano.demo import demo_scenes, write_scene
 from realfill.rank import Matcher, loftr, rank_candidates
 from realfill.scene import Scene, load_image
 from realfill.sheet import Row, contact_sheet
-from registry import Registry
+from registry import Registry, RegistryError
 from service.cli import free_port
 from service.client import Client, image_of
 
@@ -92,7 +92,12 @@ def demo(out: Path, preset_name: str, keep: bool, as_json: bool) -> None:
     out.mkdir(parents=True, exist_ok=True)
     console.print("[bold]1/4[/] Train an adapter per scene, and publish it")
     scenes = [write_scene(scene, out / scene.name) for scene in demo_scenes()]
-    registry = Registry.open(out / "registry")
+    try:
+        registry = Registry.open(out / "registry")
+    except RegistryError as error:
+        raise click.ClickException(
+            f"{error} Or remove {out / 'registry'}: the demo makes it anew."
+        ) from error
     train_s = {}
     model = load_base("nano", dtype=training_dtype("cpu"))
     for scene in scenes:
