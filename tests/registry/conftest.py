@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,6 +70,17 @@ def no_configuration(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in (PLACE_VARIABLE, DATABASE_VARIABLE, CACHE_VARIABLE, CACHE_BYTES_VARIABLE):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def report(capsys: pytest.CaptureFixture[str]) -> Callable[[str], None]:
+    """Prints a line into the output of the run, whether the test passes or not."""
+
+    def show(line: str) -> None:
+        with capsys.disabled():
+            print(line)
+
+    return show
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import random
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -115,7 +116,7 @@ def check(registry: Registry, published: set[tuple[str, int, str]]) -> None:
     assert registry.verify() == []
 
 
-def stress(backend: Backend, processes: int, count: int) -> None:
+def stress(backend: Backend, processes: int, count: int, report: Callable[[str], None]) -> None:
     """Let the processes work side by side, then check what they left."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, mp_context=context) as pool:
@@ -125,9 +126,9 @@ def stress(backend: Backend, processes: int, count: int) -> None:
         ]
         done = [task.result(timeout=3000) for task in tasks]
     counts = sum((counts for counts, _ in done), Counter[str]())
-    print(f"\n{backend.name}: {processes} processes, {count} steps each")
+    report(f"\n{backend.name}: {processes} processes, {count} steps each")
     for outcome, times in sorted(counts.items()):
-        print(f"  {times:5}  {outcome}")
+        report(f"  {times:5}  {outcome}")
     assert counts.total() == processes * count
     registry = backend.open()
     check(registry, {version for _, published in done for version in published})
@@ -138,14 +139,18 @@ def stress(backend: Backend, processes: int, count: int) -> None:
 
 
 @pytest.mark.parametrize("backend", [PLAIN], indirect=True)
-def test_processes_lose_and_duplicate_nothing(backend: Backend) -> None:
+def test_processes_lose_and_duplicate_nothing(
+    backend: Backend, report: Callable[[str], None]
+) -> None:
     """Three processes of sixty steps, every time."""
-    stress(backend, 3, 60)
+    stress(backend, 3, 60, report)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("backend", [PLAIN, *OTHERS], indirect=True)
-def test_many_processes_lose_and_duplicate_nothing(backend: Backend) -> None:
+def test_many_processes_lose_and_duplicate_nothing(
+    backend: Backend, report: Callable[[str], None]
+) -> None:
     """Eight processes of five hundred steps on every database and store."""
-    stress(backend, 8, 500)
+    stress(backend, 8, 500, report)

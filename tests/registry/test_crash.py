@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
@@ -151,34 +152,39 @@ class Harness:
         assert self.registry.publish(data, tags={"site": "north"}, by="ada").number == 1
         assert is_whole(self.registry, scene)
 
-    def close(self) -> None:
+    def close(self, report: Callable[[str], None]) -> None:
         """Look at everything once more, before and after a sweep."""
         assert self.registry.verify() == []
         self.registry.sweep(grace=timedelta(0))
         assert self.registry.verify() == []
         self.registry.close()
-        print(f"\n{self.backend.name}: {self.steps} steps, whole after the kill: {self.done}")
+        done = f"{self.done[True]} whole and {self.done[False]} absent afterwards"
+        report(f"\n{self.backend.name}: {sum(self.done.values())} publishers killed, {done}")
 
 
 @pytest.mark.parametrize("backend", [PLAIN], indirect=True)
-def test_publisher_killed_now_and_then_leaves_nothing_or_all(backend: Backend) -> None:
+def test_publisher_killed_now_and_then_leaves_nothing_or_all(
+    backend: Backend, report: Callable[[str], None]
+) -> None:
     """A few steps from the first to the last, every time."""
     harness = Harness(backend)
     for step in (1, harness.steps // 3, harness.steps // 2, harness.steps - 1, harness.steps):
         harness.kill_at(step)
-    harness.close()
+    harness.close(report)
     assert harness.done == {False: 4, True: 1}
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("backend", [PLAIN, "postgresql+s3"], indirect=True)
-def test_publisher_killed_at_every_step_leaves_nothing_or_all(backend: Backend) -> None:
+def test_publisher_killed_at_every_step_leaves_nothing_or_all(
+    backend: Backend, report: Callable[[str], None]
+) -> None:
     """Each line in turn, at least a hundred on each of two back ends."""
     harness = Harness(backend)
     for step in range(1, harness.steps + 1):
         harness.kill_at(step)
-    harness.close()
+    harness.close(report)
     assert harness.steps >= 100
     assert harness.done == {False: harness.steps - 1, True: 1}
 
@@ -186,7 +192,9 @@ def test_publisher_killed_at_every_step_leaves_nothing_or_all(backend: Backend) 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("backend", [PLAIN, "postgresql+s3"], indirect=True)
-def test_publisher_killed_at_any_moment_leaves_nothing_or_all(backend: Backend) -> None:
+def test_publisher_killed_at_any_moment_leaves_nothing_or_all(
+    backend: Backend, report: Callable[[str], None]
+) -> None:
     """Sixty moments, from before the registry is opened until after the answer."""
     harness = Harness(backend)
     began = time.monotonic()
@@ -194,5 +202,5 @@ def test_publisher_killed_at_any_moment_leaves_nothing_or_all(backend: Backend) 
     whole_s = time.monotonic() - began
     for turn in range(60):
         harness.kill_after(whole_s * turn / 50, f"moment-{turn}")
-    harness.close()
+    harness.close(report)
     assert sum(harness.done.values()) == 60
