@@ -1,8 +1,8 @@
 """Bytes stored under their own digest, and the stores that can hold them.
 
-A blob lies at `blobs/sha256/ab/<digest>`, where ab are the first two digits. Writing one twice
-is harmless, and every read is checked against the digest, because stores may lose or alter bytes
-and S3 servers differ in what they check.
+A blob lies at `blobs/sha256/ab/<digest>`, where ab are the first two digits. Only damaged bytes
+are written over, where the store can tell. Every read is checked against the digest, because
+stores may lose or alter bytes and S3 servers differ in what they check.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import obstore
-from obstore.exceptions import BaseError
+from obstore.exceptions import AlreadyExistsError, BaseError
 from obstore.store import LocalStore, S3Store
 
 from registry.cache import Cache
@@ -41,6 +41,16 @@ class ObjectStore(Protocol):
 
     def put(self, key: str, data: bytes) -> None:
         """Write the object, whole or not at all, over an older one.
+
+        Raises:
+            StorageUnavailable: The store does not answer or has no room.
+        """
+
+    def create(self, key: str, data: bytes) -> bool:
+        """Write the object unless there is one; a store that knows no conditions writes over it.
+
+        Returns:
+            Whether it was written.
 
         Raises:
             StorageUnavailable: The store does not answer or has no room.
@@ -88,9 +98,24 @@ class ObstoreObjects:
     def put(self, key: str, data: bytes) -> None:
         """See ObjectStore."""
         with self._translated("write", key):
-            obstore.put(self._store, key, data, use_multipart=False)
-            if self._folder is not None:
-                _force_to_disk(self._folder / key)
+            self._write(key, data, "overwrite")
+
+    def create(self, key: str, data: bytes) -> bool:
+        """See ObjectStore."""
+        try:
+            self._write(key, data, "create")
+        except AlreadyExistsError:
+            return False
+        except (BaseError, OSError):
+            # Some servers answer "not implemented" to a condition; whatever else failed does so
+            # again, and is told of.
+            self.put(key, data)
+        return True
+
+    def _write(self, key: str, data: bytes, mode: Literal["create", "overwrite"]) -> None:
+        obstore.put(self._store, key, data, mode=mode, use_multipart=False)
+        if self._folder is not None:
+            _force_to_disk(self._folder / key)
 
     def get(self, key: str) -> bytes | None:
         """See ObjectStore."""
@@ -156,9 +181,13 @@ class Blobs:
         """
         key = blob_key(digest)
         stored = self._store.get(key)
-        if stored is not None and _digest(stored) == digest:
+        if stored is None:
+            # What another writer stored meanwhile, and may have published, is not put at risk.
+            self._store.create(key, data)
+        elif _digest(stored) != digest:
+            self._store.put(key, data)
+        else:
             return
-        self._store.put(key, data)
         self.read(digest)
 
     def get(self, digest: str) -> bytes:

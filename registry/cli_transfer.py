@@ -10,13 +10,13 @@ from pathlib import Path
 
 import click
 
-from registry import signing, tables
+from registry import deliveries, signing, tables
 from registry.commands import Address, Refused, by_option, counting, json_option
 from registry.events import watch as watch_events
 from registry.manifest import open_export
 from registry.registry import Registry
 from registry.transfer import RegistrySource, Transfer, export_scenes, import_scenes
-from registry.webhooks import SECRET_VARIABLE, Courier, send_again
+from registry.webhooks import SECRET_VARIABLE, Courier
 
 PASSWORD_VARIABLE = "REALFILL_SIGNING_PASSWORD"
 
@@ -148,46 +148,77 @@ def watch(address: Address, since: int | None, once: bool, every_s: float, as_js
 
 
 @click.command()
-@click.argument("endpoints", nargs=-1, required=True, metavar="URL...")
+@click.argument("urls", nargs=-1, metavar="URL...")
+@click.option("--from-start", is_flag=True, help="Send new endpoints all that ever happened.")
 @click.option("--once", is_flag=True, help="End when nothing is due.")
 @click.option("--again", is_flag=True, help="First let events that were given up be sent again.")
 @click.option("--every", "every_s", type=click.FloatRange(0.05), default=1.0, show_default=True)
+@click.option("--status", is_flag=True, help="Only tell how far each endpoint came, then end.")
+@click.option("--forget", is_flag=True, help="Only drop each URL with what waits for it, then end.")
 @json_option
 @click.pass_obj
 def deliver(
     address: Address,
-    endpoints: tuple[str, ...],
+    urls: tuple[str, ...],
+    from_start: bool,
     once: bool,
     again: bool,
     every_s: float,
+    status: bool,
+    forget: bool,
     as_json: bool,
 ) -> None:
-    """Send every event of the registry to each URL, signed, until Ctrl-C.
+    """Send the events of the registry to each URL, signed, until Ctrl-C.
 
+    A URL that is new gets every event from now on; one that is known goes on where it was.
     Signatures follow Standard Webhooks; REALFILL_WEBHOOK_SECRET holds the secret, or several with
     spaces between them. At least once: receivers drop an event whose webhook-id they have seen.
     """
     registry = address.open()
+    addresses = [deliveries.address_of(url) for url in urls]
+    if status or forget:
+        _settle(registry, addresses, forget, as_json)
+        return
     if again:
-        count = send_again(registry)
+        count = deliveries.send_again(registry.database, addresses)
         click.echo(f"{count} events will be sent again.", err=True)
     secrets = os.environ.get(SECRET_VARIABLE, "").split()
-    with closing(Courier(registry, endpoints, secrets)) as courier:
+    with closing(Courier(registry, urls, secrets, from_start=from_start)) as courier:
+        since = "the first event" if from_start else "now"
+        for endpoint in courier.new:
+            click.echo(f"{endpoint} is new: it gets events from {since} on.", err=True)
         try:
-            while True:
-                done = courier.round()
-                for delivery in done:
-                    if as_json:
-                        line = {"id": delivery.event.id, "failure": delivery.failure}
-                        click.echo(json.dumps(line, ensure_ascii=False))
-                    else:
-                        click.echo(tables.delivery_line(delivery))
-                if once and not done:
-                    return
+            while (done := _print_round(courier, as_json)) or not once:
                 if not done:
                     time.sleep(every_s)
         except KeyboardInterrupt:
             click.echo("", err=True)
+
+
+def _settle(registry: Registry, addresses: list[str], forget: bool, as_json: bool) -> None:
+    if forget and not addresses:
+        raise Refused("There is no URL to forget: name it, as `--status` lists it.")
+    states = deliveries.states(registry.database, addresses)
+    if forget:
+        deliveries.forget(registry.database, addresses)
+    if as_json:
+        tables.print_json(states)
+        return
+    tables.print_endpoints(states)
+    if forget:
+        click.echo("Forgotten, with what waited for them.")
+
+
+def _print_round(courier: Courier, as_json: bool) -> bool:
+    """Whether anything was due."""
+    done = courier.round()
+    for delivery in done:
+        if as_json:
+            line = {"id": delivery.event.id, "endpoint": delivery.endpoint}
+            click.echo(json.dumps(line | {"failure": delivery.failure}, ensure_ascii=False))
+        else:
+            click.echo(tables.delivery_line(delivery))
+    return bool(done)
 
 
 @click.command()

@@ -28,18 +28,12 @@ class Event:
         id: Its place in the outbox of this registry.
         kind: Such as `version.published` or `alias.moved`.
         data: Who, when, which scene, and what changed.
-        attempts: How often it was sent to webhooks.
-        delivered: When all of them had taken it.
-        failure: Why the last attempt failed.
     """
 
     id: int
     kind: str
     created: datetime
     data: Mapping[str, Any]
-    attempts: int
-    delivered: datetime | None
-    failure: str | None
 
     @property
     def message_id(self) -> str:
@@ -56,15 +50,7 @@ class Event:
 def event_of(row: Row[Any]) -> Event:
     """A row of the outbox as a record."""
     data = {key: value for key, value in row.body.items() if key != "event"}
-    return Event(
-        id=row.id,
-        kind=row.event,
-        created=row.created.astimezone(UTC),
-        data=data,
-        attempts=row.attempts,
-        delivered=row.delivered,
-        failure=row.failure,
-    )
+    return Event(id=row.id, kind=row.event, created=row.created.astimezone(UTC), data=data)
 
 
 def read_events(registry: Registry, *, after: int = 0, limit: int = 100) -> list[Event]:

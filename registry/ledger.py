@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Connection, Table, delete, insert, select, update
+from sqlalchemy import Connection, Table, delete, insert, literal, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
 from registry.aliases import Step, move_alias
@@ -18,6 +18,8 @@ from registry.schema import (
     TEXT_LENGTH,
     audit,
     blobs,
+    deliveries,
+    endpoints,
     metrics,
     outbox,
     protected_aliases,
@@ -301,9 +303,13 @@ def insert_if_new(connection: Connection, table: Table, values: Any) -> None:
 def record(
     connection: Connection, event: str, scene: str, by: str, at: datetime, details: dict[str, Any]
 ) -> None:
-    """One row for those who ask later, one for those who are to be told."""
+    """One row for those who ask later, one for those who are to be told, and one for each."""
     connection.execute(
         insert(audit).values(at=at, by=by, action=event, scene=scene, details=details)
     )
     body = {"event": event, "at": at.isoformat(), "by": by, "scene": scene, **details}
-    connection.execute(insert(outbox).values(created=at, event=event, body=body, attempts=0))
+    added = insert(outbox).values(created=at, event=event, body=body).returning(outbox.c.id)
+    number = literal(connection.execute(added).scalar_one(), outbox.c.id.type)
+    owed = select(endpoints.c.id, number, literal(0))
+    names = ["endpoint_id", "event_id", "attempts"]
+    connection.execute(insert(deliveries).from_select(names, owed))

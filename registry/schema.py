@@ -5,6 +5,7 @@
             ├─ aliases, protected_aliases     where each name points now, and which are guarded
             └─ alias_moves                    every step it took: rollback reads them
     audit, outbox                             one row each per change, in its transaction
+    endpoints ── deliveries                   who is told of them by webhook, and who took what
     tombstones                                names of scenes that were erased for good
 
 `registry/migrations` builds the same tables; a test compares the two.
@@ -36,7 +37,7 @@ from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.types import TypeDecorator
 
 # The revision that this code reads and writes: the newest file of migrations/versions.
-REVISION = "0002"
+REVISION = "0003"
 
 metadata = MetaData(
     naming_convention={
@@ -72,6 +73,10 @@ Digest = String(64)
 Person = String(200)
 TEXT_LENGTH = 300
 VALUE_LENGTH = 200
+ADDRESS_LENGTH = 500
+FAILURE_LENGTH = 500
+# Address of the endpoint that stands for those of an older registry, which kept no names.
+UNNAMED = ""
 
 scenes = Table(
     "scenes",
@@ -220,12 +225,30 @@ outbox = Table(
     Column("created", Moment, nullable=False),
     Column("event", String(40), nullable=False),
     Column("body", Document, nullable=False),
+)
+
+endpoints = Table(
+    "endpoints",
+    metadata,
+    Column("id", Identity, primary_key=True),
+    Column("address", String(ADDRESS_LENGTH), nullable=False, unique=True),
+)
+
+_OWED = text("delivered IS NULL")
+
+deliveries = Table(
+    "deliveries",
+    metadata,
+    Column("endpoint_id", ForeignKey("endpoints.id"), primary_key=True),
+    Column("event_id", ForeignKey("outbox.id"), primary_key=True),
     Column("attempts", Integer, nullable=False),
     # When to try next and why the last try failed; set by whoever delivers.
     Column("due", Moment),
-    Column("failure", String(500)),
+    Column("failure", String(FAILURE_LENGTH)),
     Column("delivered", Moment),
-    Index(None, "delivered", "id"),
+    Index(
+        "ix_deliveries_owed", "endpoint_id", "event_id", sqlite_where=_OWED, postgresql_where=_OWED
+    ),
 )
 
 tombstones = Table(

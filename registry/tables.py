@@ -13,10 +13,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from registry.deliveries import Delivery, EndpointState
 from registry.events import Event
 from registry.records import DIGEST_PREFIX, AliasMove, Scene, Version
 from registry.transfer import Transfer
-from registry.webhooks import Delivery
 
 _SAID = ("at", "by", "scene")
 SHOWN_DIGITS = 12
@@ -111,9 +111,18 @@ def delivery_line(delivery: Delivery) -> str:
     """What became of an event, in one line."""
     head = f"{delivery.event.id} {delivery.event.kind}"
     if delivery.failure is None:
-        return f"{head} delivered"
+        return f"{head} delivered to {delivery.endpoint}"
     later = f"again at {_time(delivery.due)}" if delivery.due else "given up"
-    return f"{head} {later}: {delivery.failure}"
+    return f"{head} {later}: {delivery.endpoint}: {delivery.failure}"
+
+
+def print_endpoints(states: Sequence[EndpointState]) -> None:
+    """How far each endpoint came, as a table."""
+    table = _table("endpoint", "delivered", "waiting", "given up", "last failure")
+    for state in states:
+        counts = (str(state.delivered), str(state.waiting), str(state.given_up))
+        table.add_row(state.endpoint or "(first to be named)", *counts, state.failure or "")
+    _show(table, "No endpoints yet: name one with `registry deliver URL`.")
 
 
 def _table(*columns: str) -> Table:

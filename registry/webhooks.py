@@ -3,9 +3,6 @@
 Signatures follow Standard Webhooks (https://www.standardwebhooks.com): the headers `webhook-id`,
 `webhook-timestamp` and `webhook-signature: v1,<base64 of HMAC-SHA256>` over
 `<id>.<timestamp>.<body>`. The id is the same for every attempt.
-
-An event is claimed by moving its next attempt into the future before it is sent. So couriers may
-run side by side, and one that dies leaves its events to the others.
 """
 
 from __future__ import annotations
@@ -16,17 +13,15 @@ import hashlib
 import hmac
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
 
 import httpx
-from sqlalchemy import or_, select, update
 
+from registry.deliveries import MAX_ATTEMPTS, Delivery, address_of, claim, enlist, note
 from registry.errors import InvalidReference, SignatureRefused
-from registry.events import Event, event_of
-from registry.schema import outbox
+from registry.events import Event
 
 if TYPE_CHECKING:
     from registry.registry import Registry
@@ -36,14 +31,8 @@ SECRET_VARIABLE = "REALFILL_WEBHOOK_SECRET"
 MIN_SECRET_BYTES, MAX_SECRET_BYTES = 24, 64
 TOLERANCE_S = 300
 TIMEOUT_S = 10.0
-# Longer than all endpoints together may take, or an event would be sent twice for nothing.
-CLAIM_S = 120.0
 FIRST_RETRY_S = 5.0
 LONGEST_RETRY_S = 6 * 3600.0
-# With the pauses above, the last attempt comes about two days after the first.
-MAX_ATTEMPTS = 20
-BATCH = 20
-FAILURE_LENGTH = 500
 
 
 def sign(message_id: str, timestamp: int, body: bytes, secrets: Sequence[str]) -> str:
@@ -89,32 +78,24 @@ def verify(
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Delivery:
-    """What became of one event in one round.
-
-    Args:
-        failure: Why it will be sent again, or None where every endpoint took it.
-        due: When it will be sent again; None where it was delivered or given up.
-    """
-
-    event: Event
-    failure: str | None
-    due: datetime | None
-
-
 class Courier:
     """Takes events to endpoints, round by round.
 
     Args:
-        endpoints: URLs; each gets every event.
+        endpoints: URLs; each gets every event that comes after it was first named.
         secrets: `whsec_<base64>`; several while an old one is being replaced.
+        from_start: Send endpoints that are new what happened before as well.
         client: HTTP client; by default one that follows no redirects.
         clock: Present time, in UTC.
         jitter: A number in [0, 1), so that retries of many couriers spread.
 
+    Attributes:
+        new: Addresses that the registry did not know before.
+
     Raises:
-        InvalidReference: An endpoint or a secret is malformed, or there is none.
+        InvalidReference: An endpoint or a secret is malformed, there is none, or two endpoints
+            have one address.
+        StorageUnavailable: The database does not answer.
     """
 
     def __init__(
@@ -123,72 +104,50 @@ class Courier:
         endpoints: Sequence[str],
         secrets: Sequence[str],
         *,
+        from_start: bool = False,
         client: httpx.Client | None = None,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
         jitter: Callable[[], float] = random.random,
     ) -> None:
-        for endpoint in endpoints:
-            _check_endpoint(endpoint)
         if not endpoints or not secrets:
             raise InvalidReference(
                 f"Webhooks need an endpoint and a secret: name a URL, and set {SECRET_VARIABLE} "
                 f"to {SECRET_PREFIX} and 24 to 64 random bytes in base64."
             )
         sign("check", 0, b"", secrets)
-        self._registry = registry
-        self._endpoints = tuple(endpoints)
+        self._urls = _by_address(endpoints)
+        self._database = registry.database
         self._secrets = tuple(secrets)
         self._client = client or httpx.Client(timeout=TIMEOUT_S)
         self._clock = clock
         self._jitter = jitter
-        # Endpoints that took an event which others refused: they are not asked again.
-        self._taken: dict[int, set[str]] = {}
+        self.new = enlist(self._database, tuple(self._urls), from_start=from_start)
 
     def close(self) -> None:
         """Close the connections."""
         self._client.close()
 
     def round(self) -> list[Delivery]:
-        """Send what is due once, and say what became of it.
+        """Send each endpoint what is due there once, and say what became of it.
 
         Raises:
             StorageUnavailable: The database does not answer.
         """
-        return [self._deliver(event) for event in self._claim()]
+        return [
+            self._deliver(url, claimed)
+            for address, url in self._urls.items()
+            for claimed in claim(self._database, address, self._clock())
+        ]
 
-    def _claim(self) -> list[Event]:
-        """Events that are due, put off so that nobody else sends them meanwhile."""
+    def _deliver(self, url: str, claimed: Delivery) -> Delivery:
+        failure = self._post(url, claimed.event)
         now = self._clock()
-        open_ = (
-            outbox.c.delivered.is_(None)
-            & (outbox.c.attempts < MAX_ATTEMPTS)
-            & or_(outbox.c.due.is_(None), outbox.c.due <= now)
-        )
-        found = select(outbox).where(open_).order_by(outbox.c.id).limit(BATCH)
-        with self._registry.database.writing() as connection:
-            rows = connection.execute(found.with_for_update(skip_locked=True)).all()
-            for k, row in enumerate(rows):
-                # They are sent one after the other, so that the last waits for all before it.
-                due = now + timedelta(seconds=CLAIM_S * (k + 1))
-                connection.execute(
-                    update(outbox)
-                    .where(outbox.c.id == row.id)
-                    .values(due=due, attempts=row.attempts + 1)
-                )
-        return [event_of(row) for row in rows]
-
-    def _deliver(self, event: Event) -> Delivery:
-        taken = self._taken.setdefault(event.id, set())
-        failures = []
-        for endpoint in self._endpoints:
-            if endpoint in taken:
-                continue
-            failure = self._post(endpoint, event)
-            if failure is None:
-                taken.add(endpoint)
-            else:
-                failures.append(f"{_shown(endpoint)}: {failure}")
-        return self._note(event, "; ".join(failures)[:FAILURE_LENGTH] or None)
+        due: datetime | None = None
+        if failure is not None and claimed.attempts < MAX_ATTEMPTS:
+            due = now + timedelta(seconds=retry_s(claimed.attempts, self._jitter()))
+        delivery = replace(claimed, failure=failure, due=due)
+        note(self._database, delivery, now)
+        return delivery
 
     def _post(self, endpoint: str, event: Event) -> str | None:
         """Send one event; why it was not taken, or None."""
@@ -206,27 +165,6 @@ class Courier:
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             return f"{type(error).__name__}: {error}"
         return None if answer.is_success else f"answered {answer.status_code}"
-
-    def _note(self, event: Event, failure: str | None) -> Delivery:
-        now, attempts = self._clock(), event.attempts + 1
-        due = None
-        if failure is not None and attempts < MAX_ATTEMPTS:
-            due = now + timedelta(seconds=retry_s(attempts, self._jitter()))
-        values = {"failure": failure, "due": due, "delivered": now if failure is None else None}
-        with self._registry.database.writing() as connection:
-            here = (outbox.c.id == event.id) & outbox.c.delivered.is_(None)
-            connection.execute(update(outbox).where(here).values(**values))
-        if due is None:
-            self._taken.pop(event.id, None)
-        return Delivery(event, failure, due)
-
-
-def send_again(registry: Registry) -> int:
-    """Let events that were given up be sent again from the start; their count."""
-    lost = outbox.c.delivered.is_(None) & (outbox.c.attempts >= MAX_ATTEMPTS)
-    with registry.database.writing() as connection:
-        done = connection.execute(update(outbox).where(lost).values(attempts=0, due=None))
-    return done.rowcount
 
 
 def retry_s(attempts: int, jitter: float) -> float:
@@ -247,16 +185,13 @@ def _key(secret: str) -> bytes:
     return key
 
 
-def _check_endpoint(endpoint: str) -> None:
-    parts = urlsplit(endpoint)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise InvalidReference(
-            f"The webhook endpoint {endpoint[:200]!r} is no address: write it like "
-            "https://host/path."
-        )
-
-
-def _shown(endpoint: str) -> str:
-    """The endpoint without what may be secret in it: a password, a query."""
-    parts = urlsplit(endpoint)
-    return f"{parts.scheme}://{parts.hostname}{parts.path}"
+def _by_address(urls: Sequence[str]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for url in urls:
+        address = address_of(url)
+        if found.setdefault(address, url) != url:
+            raise InvalidReference(
+                f"Two webhook endpoints have the address {address}, by which the registry knows "
+                "them: a password or a query does not tell them apart, so give them two paths."
+            )
+    return found

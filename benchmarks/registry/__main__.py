@@ -116,8 +116,20 @@ PARTS = {"rates": bench_rates, "many": bench_many, "fetch": bench_fetch}
 @click.option(
     "--part", "parts", multiple=True, type=click.Choice(list(PARTS)), help="Default: all."
 )
-@click.option("--versions", type=click.IntRange(SCENES), default=100_000, show_default=True)
-@click.option("--repeats", type=click.IntRange(2), default=200, show_default=True)
+@click.option(
+    "--versions",
+    type=click.IntRange(SCENES),
+    default=100_000,
+    show_default=True,
+    help="Versions of the large registry that is listed and searched.",
+)
+@click.option(
+    "--repeats",
+    type=click.IntRange(2),
+    default=200,
+    show_default=True,
+    help="How often each call is timed.",
+)
 @click.option(
     "--peer-folder",
     type=click.Path(file_okay=False, path_type=Path),
@@ -125,7 +137,12 @@ PARTS = {"rates": bench_rates, "many": bench_many, "fetch": bench_fetch}
     help="Virtual environment of MLflow, made when it is missing.",
 )
 @click.option("--no-peer", is_flag=True, help="Measure without MLflow.")
-@click.option("--rows", type=click.Path(dir_okay=False, path_type=Path), default=ROWS)
+@click.option(
+    "--rows",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default=ROWS,
+    help="File that the rows are added to; by default the project's own.",
+)
 def main(
     parts: tuple[str, ...],
     versions: int,

@@ -83,6 +83,13 @@ class MemoryObjects:
         """See ObjectStore."""
         self.objects[key] = data
 
+    def create(self, key: str, data: bytes) -> bool:
+        """See ObjectStore."""
+        absent = key not in self.objects
+        if absent:
+            self.put(key, data)
+        return absent
+
     def get(self, key: str) -> bytes | None:
         """See ObjectStore."""
         return self.objects.get(key)

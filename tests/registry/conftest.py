@@ -6,6 +6,7 @@ PostgreSQL and S3 as well, unless it also asks for `tmp_path`, to look at files.
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import shutil
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.environment import environment
 from registry import Registry
 from registry.address import (
     CACHE_BYTES_VARIABLE,
@@ -23,12 +25,14 @@ from registry.address import (
     PLACE_VARIABLE,
 )
 from registry.blobs import ObjectStore, open_bucket, open_directory
-from tests.registry.servers import S3, Postgres, postgres, s3
+from tests.registry.servers import S3, Postgres, moto, postgres, s3
 
 PLAIN = "sqlite+directory"
 OTHERS = ("postgresql+directory", "sqlite+s3", "postgresql+s3")
 # Few tests, chosen to touch every table and the store: they run everywhere, every time.
 QUICK_EVERYWHERE = "test_backends"
+# Its client library wants a python-dateutil that the rest of the project does not.
+MOTO = ("moto[server]>=5.2.5,<6",)
 
 
 @dataclass(frozen=True)
@@ -111,6 +115,27 @@ def s3_folder(s3_server: S3, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name, value in s3_server.environment.items():
         monkeypatch.setenv(name, value)
     return s3_server.bucket / s3_server.new_prefix()
+
+
+@pytest.fixture(scope="session")
+def moto_server(root: Path) -> Iterator[dict[str, str]]:
+    """An S3 server that knows preconditions, in an environment of its own."""
+    try:
+        python = environment(root / ".venv-moto", MOTO, "moto.server")
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    with moto(python) as way:
+        yield way
+
+
+@pytest.fixture
+def moto_place(
+    moto_server: dict[str, str], monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> str:
+    """The address of an empty folder there, and the way to reach it."""
+    for name, value in moto_server.items():
+        monkeypatch.setenv(name, value)
+    return f"s3://bucket/{hashlib.sha256(request.node.nodeid.encode()).hexdigest()}"
 
 
 @pytest.fixture

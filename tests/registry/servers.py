@@ -1,4 +1,4 @@
-"""A real PostgreSQL and a real S3 server, both from wheels, started when a test first asks."""
+"""A real PostgreSQL and two S3 servers, all from wheels, started when a test first asks."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
+import httpx
 from sqlalchemy import create_engine, text
 from sqlalchemy.engine import URL, make_url
 
@@ -100,32 +101,54 @@ class S3:
 @contextmanager
 def s3(root: Path) -> Iterator[S3]:
     """Start rclone's S3 server on a free port."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     # Made before the start, because the server remembers what it once listed.
     bucket = root / "bucket"
     bucket.mkdir()
-    key, secret = "registry-tests", "not-a-secret"
+    port, key, secret = _free_port(), "registry-tests", "not-a-secret"
     command = [f"{sysconfig.get_path('scripts')}/rclone", "serve", "s3", str(root)]
     command += ["--addr", f"127.0.0.1:{port}", "--auth-key", f"{key},{secret}"]
     command += ["--config", str(root.parent / "rclone.conf")]
+    with _running(command, port):
+        yield S3(bucket, _way_to(port, key, secret))
+
+
+@contextmanager
+def moto(python: Path) -> Iterator[dict[str, str]]:
+    """Start moto's S3 server, which knows preconditions, with a bucket; the way to reach it."""
+    port = _free_port()
+    command = [str(python), "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    with _running(command, port):
+        way = _way_to(port, "any-key", "any-secret")
+        httpx.put(f"{way['AWS_ENDPOINT_URL']}/bucket", timeout=START_S).raise_for_status()
+        yield way
+
+
+@contextmanager
+def _running(command: list[str], port: int) -> Iterator[None]:
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
         try:
             _wait_for(port)
-            yield S3(
-                bucket,
-                {
-                    "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
-                    "AWS_ALLOW_HTTP": "true",
-                    "AWS_ACCESS_KEY_ID": key,
-                    "AWS_SECRET_ACCESS_KEY": secret,
-                    "AWS_REGION": "us-east-1",
-                },
-            )
+            yield
         finally:
             # It would wait for idle connections to close; there is nothing to save.
             server.kill()
+
+
+def _way_to(port: int, key: str, secret: str) -> dict[str, str]:
+    return {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        "AWS_ALLOW_HTTP": "true",
+        "AWS_ACCESS_KEY_ID": key,
+        "AWS_SECRET_ACCESS_KEY": secret,
+        "AWS_REGION": "us-east-1",
+    }
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+    return port
 
 
 def _wait_for(port: int) -> None:

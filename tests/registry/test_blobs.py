@@ -21,10 +21,14 @@ from registry.errors import CorruptObject, StorageUnavailable
 from tests.registry.capsules import MemoryObjects, TearingObjects
 
 DATA = b"bytes of a capsule"
+# The first of them makes moto's environment.
+SLOW = (pytest.mark.slow, pytest.mark.timeout(1800))
 DIGEST = hashlib.sha256(DATA).hexdigest()
 
 
-@pytest.fixture(params=["directory", "s3", "obstore memory", "fake"])
+@pytest.fixture(
+    params=["directory", "s3", pytest.param("moto", marks=SLOW), "obstore memory", "fake"]
+)
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[ObjectStore]:
     """Each kind of store in turn."""
     match request.param:
@@ -32,6 +36,8 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[ObjectStor
             yield open_directory(tmp_path / "store")
         case "s3":
             yield open_bucket(f"s3://bucket/{request.getfixturevalue('s3_folder').name}")
+        case "moto":
+            yield open_bucket(request.getfixturevalue("moto_place"))
         case "obstore memory":
             yield ObstoreObjects(obstore.store.MemoryStore(), "memory")
         case _:
@@ -56,6 +62,12 @@ def test_later_put_replaces(store: ObjectStore) -> None:
     store.put("a/b", b"old")
     store.put("a/b", b"new")
     assert store.get("a/b") == b"new"
+
+
+def test_what_is_created_is_got(store: ObjectStore) -> None:
+    """Where there is nothing, creating writes."""
+    assert store.create("a/b", DATA)
+    assert store.get("a/b") == DATA
 
 
 def test_deleting_twice_is_harmless(store: ObjectStore) -> None:

@@ -232,10 +232,36 @@ def test_deliver_needs_a_secret_and_tells_of_failures(
     url = "http://127.0.0.1:9/hook"
     assert "REALFILL_WEBHOOK_SECRET" in run("deliver", url, "--once").stderr
     monkeypatch.setenv("REALFILL_WEBHOOK_SECRET", "whsec_" + "QUJD" * 11)
-    lines = run("deliver", url, "--once").output.splitlines()
+    done = run("deliver", url, "--once", "--from-start")
+    assert done.stderr == f"{url} is new: it gets events from the first event on.\n"
+    lines = done.stdout.splitlines()
     assert len(lines) == 2
     assert "version.published again at" in lines[0]
     assert run("deliver", url, "--once", "--again").stderr == "0 events will be sent again.\n"
+
+
+def test_deliver_tells_how_far_each_endpoint_came(
+    files: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that nobody listens at, one that is new, and none after they were forgotten."""
+    monkeypatch.setenv("REALFILL_WEBHOOK_SECRET", "whsec_" + "QUJD" * 11)
+    assert run("deliver", "--status").output.startswith("No endpoints yet")
+    dead, new = "http://127.0.0.1:9/dead", "http://127.0.0.1:9/new"
+    line = json.loads(
+        run("deliver", dead, "--once", "--from-start", "--json").stdout.splitlines()[0]
+    )
+    failure = "ConnectError: [Errno 111] Connection refused"
+    assert line == {"id": 1, "endpoint": dead, "failure": failure}
+    assert "gets events from now on" in run("deliver", new, "--once").stderr
+    zero = {"delivered": 0, "waiting": 0, "given_up": 0, "failure": None}
+    first = zero | {"endpoint": dead, "waiting": 2, "failure": failure}
+    assert run_json("deliver", "--status") == [first, zero | {"endpoint": new}]
+    assert run_json("deliver", "--status", f"{dead}?token=x") == [first]
+    assert "waiting" in run("deliver", "--status").output
+    assert "no URL to forget" in run("deliver", "--forget").stderr
+    assert run("deliver", "--forget", dead, new).output.endswith("waited for them.\n")
+    assert run_json("deliver", "--status") == []
+    assert "There is no endpoint" in run("deliver", "--forget", dead).stderr
 
 
 def test_signatures_are_made_and_asked_for(files: list[str], tmp_path: Path) -> None:

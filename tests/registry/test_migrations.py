@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from datetime import UTC, datetime
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from sqlalchemy import Connection, inspect, select, text
 from registry import Query, Registry
 from registry.blobs import open_directory
 from registry.database import Database, migration_config, upgrade
+from registry.deliveries import EndpointState, claim, enlist, note, states
+from registry.ledger import record
 from registry.schema import metadata, versions
 from registry.upload import inspect as inspect_capsule
 from tests.registry.capsules import capsule
@@ -131,3 +134,87 @@ def test_rows_of_the_first_revision_are_kept_and_completed(
         command.downgrade(migration_config(connection), "0001")
         kept = connection.execute(select(versions.c.scene_id, versions.c.number)).all()
     assert sorted(map(tuple, kept)) == [(1, 1), (1, 2), (2, 1), (2, 4)]
+
+
+def write_events(connection: Connection, *states: str) -> None:
+    """Events of revision 0002: attempts, due, failure and delivered of each."""
+    for state in states:
+        at, due = "'2026-05-04 12:00:00.000000+00'", "'2026-05-05 12:00:00.000000+00'"
+        if connection.dialect.name == "sqlite":
+            at, due = at.replace("+00", ""), due.replace("+00", "")
+        values = state.replace("AT", at).replace("DUE", due)
+        connection.execute(
+            text(
+                "INSERT INTO outbox (created, event, body, attempts, due, failure, delivered) "
+                f"VALUES ({at}, 'alias.moved', '{{}}', {values})"
+            )
+        )
+
+
+DELIVERED, WAITING, LOST = "1, NULL, NULL, AT", "2, DUE, 'answered 500'", "20, NULL, 'gone'"
+
+
+def test_deliveries_are_carried_over(database: Database) -> None:
+    """The first endpoints that are named inherit what the outbox knew, and no later one does."""
+    with database.writing() as connection:
+        upgrade(connection, "0002")
+        write_events(connection, DELIVERED, f"{WAITING}, NULL", f"{LOST}, NULL")
+    database.upgrade()
+    with database.writing() as connection:
+        write_event(connection, "version.retired")
+    assert enlist(database, ["http://a/", "http://b/"]) == ("http://a/", "http://b/")
+    enlist(database, ["http://c/"])
+    assert states(database) == [
+        EndpointState("http://a/", 1, 2, 1, "gone"),
+        EndpointState("http://b/", 1, 2, 1, "gone"),
+        EndpointState("http://c/", 0, 0, 0, None),
+    ]
+    assert [one.event.kind for one in claim(database, "http://a/", AT)] == ["version.retired"]
+    later = claim(database, "http://b/", AT + timedelta(days=1))
+    assert [(one.event.id, one.attempts) for one in later] == [(2, 3), (4, 1)]
+
+
+def test_what_was_never_sent_is_no_delivery(database: Database) -> None:
+    """Without webhooks there is nobody to inherit: an endpoint begins with the next event."""
+    with database.writing() as connection:
+        upgrade(connection, "0002")
+        write_events(connection, "0, NULL, NULL, NULL")
+    database.upgrade()
+    assert states(database) == []
+    enlist(database, ["http://a/"])
+    assert claim(database, "http://a/", AT) == []
+
+
+def test_deliveries_go_back_to_the_outbox(database: Database) -> None:
+    """An event counts as delivered when nobody waits for it, as revision 0002 has it."""
+    database.prepare()
+    now = AT
+    with database.writing() as connection:
+        write_event(connection, "before.all")
+    enlist(database, ["http://a/", "http://b/"])
+    with database.writing() as connection:
+        write_event(connection, "taken.by_all")
+        write_event(connection, "taken.by_one")
+    for address, failure in (("http://a/", None), ("http://b/", "answered 500")):
+        first, second = claim(database, address, now)
+        note(database, first, now)
+        due = now if failure else None
+        note(database, replace(second, failure=failure, due=due), now)
+    with database.writing() as connection:
+        command.downgrade(migration_config(connection), "0002")
+        rows = connection.execute(
+            text(
+                "SELECT event, attempts, failure, due IS NULL, delivered IS NULL FROM outbox "
+                "ORDER BY id"
+            )
+        )
+        assert [tuple(row) for row in rows] == [
+            ("before.all", 0, None, True, False),
+            ("taken.by_all", 1, None, True, False),
+            ("taken.by_one", 1, "answered 500", False, True),
+        ]
+
+
+def write_event(connection: Connection, event: str) -> None:
+    """An event of today, with what it owes."""
+    record(connection, event, "tower", "ada", AT, {})

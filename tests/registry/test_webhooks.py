@@ -6,7 +6,6 @@ import base64
 import json
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -15,8 +14,10 @@ from typing import Any
 import pytest
 
 from registry import InvalidReference, Registry, SignatureRefused
-from registry.events import Event, read_events, watch
-from registry.webhooks import MAX_ATTEMPTS, Courier, retry_s, send_again, sign, verify
+from registry.deliveries import MAX_ATTEMPTS, EndpointState, claim, forget, send_again, states
+from registry.errors import NotFound
+from registry.events import read_events
+from registry.webhooks import Courier, retry_s, sign, verify
 from tests.registry.capsules import capsule
 
 SECRET = "whsec_" + base64.b64encode(b"a secret of thirty-two bytes ...").decode()
@@ -111,9 +112,14 @@ def full(registry: Registry) -> Registry:
 
 
 def courier(registry: Registry, clock: Clock, *receivers: Receiver) -> Courier:
-    """A courier whose pauses are known."""
+    """A courier whose pauses are known, and whose receivers want all that ever happened."""
     urls = [receiver.url for receiver in receivers]
-    return Courier(registry, urls, [SECRET], clock=clock, jitter=lambda: 0.0)
+    return Courier(registry, urls, [SECRET], from_start=True, clock=clock, jitter=lambda: 0.0)
+
+
+def counts(registry: Registry) -> list[tuple[int, int, int]]:
+    """Delivered, waiting and given up at each endpoint."""
+    return [(one.delivered, one.waiting, one.given_up) for one in states(registry.database)]
 
 
 def test_events_arrive_signed(full: Registry, clock: Clock, servers: Any) -> None:
@@ -134,7 +140,7 @@ def test_events_arrive_signed(full: Registry, clock: Clock, servers: Any) -> Non
     for headers, body in receiver.got:
         assert headers["content-type"] == "application/json"
         verify(headers, body, SECRET, now=clock.now)
-    assert all(event.delivered == clock.now for event in read_events(full))
+    assert counts(full) == [(2, 0, 0)]
     carrier.close()
 
 
@@ -177,7 +183,7 @@ def test_a_refused_event_is_sent_again(full: Registry, clock: Clock, servers: An
     receiver.statuses = [500, 204, None, 302, 204]
     carrier = courier(full, clock, receiver)
     first, second = carrier.round()
-    assert (first.failure or "").endswith("answered 500")
+    assert first.failure == "answered 500"
     assert second.failure is None
     for pause, failure in ((5, "RemoteProtocolError"), (10, "answered 302"), (20, None)):
         assert carrier.round() == []
@@ -188,42 +194,89 @@ def test_a_refused_event_is_sent_again(full: Registry, clock: Clock, servers: An
     retried = [got for got in receiver.got if got[0]["webhook-id"] == first.event.message_id]
     assert len({body for _, body in retried}) == 1
     assert len({headers["webhook-signature"] for headers, _ in retried}) == len(retried) == 4
-    event = read_events(full)[0]
-    assert (event.attempts, event.failure, event.delivered) == (4, None, clock.now)
+    assert (delivery.event, delivery.attempts) == (first.event, 4)
+    assert states(full.database) == [EndpointState(receiver.url, 2, 0, 0, None)]
 
 
 def test_an_unreachable_endpoint_is_an_attempt(full: Registry, clock: Clock) -> None:
     """Nobody listens: the event waits, and its row says why, without the address's secrets."""
     nobody = Receiver("http://user:password@127.0.0.1:9/hook?token=x")
     (delivery, _) = courier(full, clock, nobody).round()
-    assert delivery.failure == "http://127.0.0.1/hook: ConnectError: [Errno 111] Connection refused"
-    assert read_events(full)[0].failure == delivery.failure
+    assert delivery.failure == "ConnectError: [Errno 111] Connection refused"
+    assert delivery.endpoint == "http://127.0.0.1:9/hook"
+    assert states(full.database) == [
+        EndpointState("http://127.0.0.1:9/hook", 0, 2, 0, delivery.failure)
+    ]
 
 
 def test_one_that_took_an_event_is_not_asked_again(
     full: Registry, clock: Clock, servers: Any
 ) -> None:
-    """While the other endpoint refuses; a new courier does not know and sends a duplicate."""
+    """While the other endpoint refuses, and also by a courier that knows only the rows."""
     good, bad = servers(), servers()
     bad.statuses = [503] * 4
-    carrier = courier(full, clock, good, bad)
-    carrier.round()
+    courier(full, clock, good, bad).round()
     clock.advance(5)
-    carrier.round()
+    courier(full, clock, good, bad).round()
     assert (len(good.ids), len(bad.ids)) == (2, 4)
+    assert sorted(counts(full)) == [(0, 2, 0), (2, 0, 0)]
     clock.advance(10)
     courier(full, clock, good, bad).round()
-    assert len(good.ids) == 4
-    assert len(set(good.ids)) == 2
-    assert all(event.delivered for event in read_events(full))
+    assert (len(good.ids), len(bad.ids)) == (2, 6)
+    assert counts(full) == [(2, 0, 0)] * 2
+
+
+def test_a_new_endpoint_begins_with_the_next_event(
+    full: Registry, clock: Clock, servers: Any
+) -> None:
+    """What happened before is not sent, unless it is asked for when the endpoint is first named."""
+    late, early = servers(), servers()
+    first = Courier(full, [late.url], [SECRET], clock=clock)
+    assert first.new == (late.url,)
+    assert first.round() == []
+    full.retire("tower", full.publish(capsule(seed=1), alias=None).number)
+    assert courier(full, clock, late, early).new == (early.url,)
+    assert courier(full, clock, late, early).new == ()
+    courier(full, clock, early, late).round()
+    ids = [event.message_id for event in read_events(full)]
+    assert (late.ids, early.ids) == (ids[2:], ids)
+
+
+def test_one_address_is_one_endpoint(full: Registry, clock: Clock, servers: Any) -> None:
+    """Its password and query may change, and nothing is sent twice; two at once are refused."""
+    receiver = servers()
+    courier(full, clock, receiver).round()
+    receiver.url += "?token=new"
+    assert courier(full, clock, receiver).round() == []
+    full.publish(capsule(seed=1), alias=None)
+    assert len(courier(full, clock, receiver).round()) == 1
+    assert "token" not in str(states(full.database))
+    with pytest.raises(InvalidReference, match="give them two paths"):
+        Courier(full, [receiver.url, f"{receiver.url}er"], [SECRET])
+
+
+def test_a_forgotten_endpoint_is_owed_nothing(full: Registry, clock: Clock, servers: Any) -> None:
+    """Neither what waited nor what comes; named again, it is new."""
+    gone, kept = servers(), servers()
+    courier(full, clock, gone, kept)
+    forget(full.database, [gone.url])
+    full.publish(capsule(seed=1), alias=None)
+    assert [one.endpoint for one in states(full.database)] == [kept.url]
+    assert counts(full) == [(0, 3, 0)]
+    assert Courier(full, [gone.url], [SECRET], clock=clock).round() == []
+    with pytest.raises(NotFound, match="no endpoint http://nobody/ in"):
+        forget(full.database, [kept.url, "http://nobody/"])
+    with pytest.raises(NotFound, match="--status"):
+        states(full.database, ["http://nobody/"])
+    assert len(courier(full, clock, kept).round()) == 3
 
 
 def test_a_courier_that_died_loses_nothing(full: Registry, clock: Clock, servers: Any) -> None:
     """Its claim runs out, and another one sends the event."""
     receiver = servers()
-    claimed = courier(full, clock, receiver)._claim()
-    assert len(claimed) == 2
     second = courier(full, clock, receiver)
+    claimed = claim(full.database, receiver.url, clock.now)
+    assert [delivery.attempts for delivery in claimed] == [1, 1]
     assert second.round() == []
     clock.advance(240)
     assert [delivery.failure for delivery in second.round()] == [None, None]
@@ -236,28 +289,38 @@ def test_couriers_side_by_side_send_each_event_once(
     """Threads that share a registry: claims keep them apart."""
     for seed in range(5):
         registry.publish(capsule(seed=seed))
-    receiver = servers()
-    threads = [threading.Thread(target=courier(registry, clock, receiver).round) for _ in range(4)]
+    receivers = [servers(), servers()]
+
+    def carry() -> None:
+        courier(registry, clock, *receivers).round()
+
+    threads = [threading.Thread(target=carry) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(receiver.ids) == len(set(receiver.ids)) == len(read_events(registry)) == 10
+    ids = [event.message_id for event in read_events(registry)]
+    assert len(ids) == 10
+    assert [sorted(receiver.ids) for receiver in receivers] == [sorted(ids)] * 2
 
 
 def test_an_event_is_given_up_in_the_end(full: Registry, clock: Clock, servers: Any) -> None:
-    """After the last attempt it waits for a person, who lets it be sent again."""
-    receiver = servers()
-    receiver.statuses = [500] * 2 * MAX_ATTEMPTS
-    carrier = courier(full, clock, receiver)
+    """After the last attempt it waits for a person, who lets it be sent again to that endpoint."""
+    good, bad = servers(), servers()
+    bad.statuses = [500] * 2 * MAX_ATTEMPTS
+    carrier = courier(full, clock, good, bad)
     for _ in range(MAX_ATTEMPTS):
         last = carrier.round()
         clock.advance(7 * 3600)
     assert [delivery.due for delivery in last] == [None, None]
     assert carrier.round() == []
-    assert send_again(full) == 2
+    assert sorted(counts(full)) == [(0, 0, 2), (2, 0, 0)]
+    assert states(full.database, [bad.url])[0].failure == "answered 500"
+    assert send_again(full.database, [good.url]) == 0
+    assert send_again(full.database, [bad.url]) == 2
     assert [delivery.failure for delivery in carrier.round()] == [None, None]
-    assert send_again(full) == 0
+    assert send_again(full.database, [bad.url]) == 0
+    assert (len(good.ids), counts(full)) == (2, [(2, 0, 0)] * 2)
 
 
 def test_pauses_double_up_to_a_bound() -> None:
@@ -274,6 +337,7 @@ def test_pauses_double_up_to_a_bound() -> None:
     [
         (["ftp://host/x"], [SECRET], "is no address"),
         (["host/x"], [SECRET], "is no address"),
+        (["http://host/" + "x" * 500], [SECRET], "at most 500 characters"),
         ([], [SECRET], "need an endpoint and a secret"),
         (["http://host"], [], "need an endpoint and a secret"),
         (["http://host"], ["whsec_short"], "is malformed"),
@@ -286,51 +350,3 @@ def test_wrong_settings_are_refused(
     """Before anything is sent."""
     with pytest.raises(InvalidReference, match=sentence):
         Courier(registry, urls, secrets)
-
-
-def until_interrupted(stream: Iterator[Event]) -> Iterator[Event]:
-    """The stream as far as somebody presses Ctrl-C."""
-    with suppress(KeyboardInterrupt):
-        yield from stream
-
-
-def test_watch_yields_events_as_they_come(full: Registry) -> None:
-    """Only new ones by default, each once, in order."""
-    steps: list[Callable[[], object]] = [
-        lambda: full.publish(capsule(seed=1)),
-        lambda: full.retire("tower", 1),
-    ]
-
-    def wait(_: float) -> None:
-        if not steps:
-            raise KeyboardInterrupt
-        steps.pop(0)()
-
-    seen: list[object] = []
-    seen += [event.kind for event in until_interrupted(watch(full, wait=wait))]
-    assert seen == ["version.published", "alias.moved", "version.retired"]
-    seen += [event.kind for event in until_interrupted(watch(full, after=0, wait=wait))]
-    assert len(seen) == 3 + 5
-
-
-def test_watch_sees_a_row_that_was_committed_late(full: Registry) -> None:
-    """PostgreSQL may show a lower number after a higher one."""
-    from sqlalchemy import delete, insert, select
-
-    from registry.schema import outbox
-
-    with full.database.writing() as connection:
-        row = dict(connection.execute(select(outbox).where(outbox.c.id == 1)).one()._mapping)
-        connection.execute(delete(outbox).where(outbox.c.id == 1))
-    calls: list[int] = []
-
-    def wait(_: float) -> None:
-        if calls:
-            raise KeyboardInterrupt
-        calls.append(1)
-        with full.database.writing() as connection:
-            connection.execute(insert(outbox).values(row))
-
-    seen: list[object] = []
-    seen += [event.id for event in until_interrupted(watch(full, after=0, wait=wait))]
-    assert seen == [2, 1]
