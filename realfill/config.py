@@ -29,12 +29,24 @@ class TrainingConfig:
         lora_dropout: Probability of ``lora_drop_mode``.
         lora_drop_mode: Drop whole layers' branches, elements of their inputs, or all branches.
         zoom: Crops show a window of 1 / ``zoom`` of the short side up to all of it.
-        hole_share: Share of draws whose random mask is joined with the shape of the target's hole,
+        complement_share: How often the random rectangles are what is known and all else is missing;
+            the paper's is a half.
+        hole_share: Share of draws whose mask is the shape of the target's hole and no random one,
             so that a short run meets holes like the one it is for; the paper has none.
+        align_share: Share of the references' draws that show what the target's window shows, where
+            SIFT finds it, and else windows of up to two short sides; the paper's is 0.
+        colour_match: The colours of references are moved towards the target's by a random share of
+            up to this; the paper's is 0.
+        colour_jitter: Brightness, gamma and channels of references vary by up to this, as natural
+            logarithms of factors (the channels by a third of it), so that colours are taken from
+            what is known of the target; the paper's is 0.
         known_weight: Weight in the loss of cells that the conditioning shows anyway, beside 1 for
             those it hides; the paper's is 1.
         timestep_power: Timesteps are T * u^(1 / power): above 1, more of them are noisy, where the
             content is decided; the paper's are uniform.
+        full_from: The finished adapter is fused at full strength where at least this share of the
+            target's window is known, and else in proportion: the less is known, the more the base's
+            own continuation of it is worth. The paper has none, which is 0.
         pool: Pictures encoded once before training; 0 encodes fresh ones at every step.
         probe_every: Steps between two readings of the fixed probe; 0 for none.
         seed: Start of every random draw.
@@ -55,9 +67,14 @@ class TrainingConfig:
     lora_dropout: float = 0.1
     lora_drop_mode: LoraDropout = "layer"
     zoom: float = 1.125
+    complement_share: float = 0.5
     hole_share: float = 0.0
+    align_share: float = 0.0
+    colour_match: float = 0.0
+    colour_jitter: float = 0.0
     known_weight: float = 1.0
     timestep_power: float = 1.0
+    full_from: float = 0.0
     pool: int = 0
     probe_every: int = 0
     seed: int = 0
@@ -72,7 +89,9 @@ class TrainingConfig:
             _require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
         _require(self.rate_text >= 0, "rate_text", self.rate_text, "0 or more")
         _require(self.zoom >= 1, "zoom", self.zoom, "1 or more")
-        _require(0 <= self.hole_share <= 1, "hole_share", self.hole_share, "in [0, 1]")
+        shares = ("complement_share", "hole_share", "align_share", "full_from")
+        for name in (*shares, "colour_match", "colour_jitter"):
+            _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "in [0, 1]")
         _require(0 < self.known_weight <= 1, "known_weight", self.known_weight, "in (0, 1]")
         _require(self.timestep_power > 0, "timestep_power", self.timestep_power, "above 0")
         _require(self.pool >= 0, "pool", self.pool, "0 or more")
@@ -115,9 +134,15 @@ PRESETS: dict[str, TrainingConfig] = {
         rate_text=1e-3,
         decay_rate=True,
         lora_dropout=0.05,
-        hole_share=0.7,
-        known_weight=0.3,
+        mask_dropout=0.0,
+        complement_share=0.1,
+        hole_share=0.6,
+        align_share=0.8,
+        colour_match=1.0,
+        colour_jitter=0.1,
+        known_weight=0.1,
         timestep_power=2.0,
+        full_from=0.5,
         pool=160,
         probe_every=100,
     ),

@@ -13,7 +13,9 @@ SIDE_SHARE = (0.03, 0.25)
 MARGIN_SHARE = 0.01
 
 
-def random_mask(generator: torch.Generator, size_px: int) -> Tensor:
+def random_mask(
+    generator: torch.Generator, size_px: int, *, complement_share: float = 0.5
+) -> Tensor:
     """Draw a training mask: several rectangles, either their union or all but their union.
 
     Between 1 and 29 rectangles have sides of 3 to 25 % of the image and stay 1 % (at least one
@@ -22,6 +24,7 @@ def random_mask(generator: torch.Generator, size_px: int) -> Tensor:
     Args:
         generator: Source of every draw; the mask lies on its device.
         size_px: Side of the square mask, at least 8.
+        complement_share: How often it is all but the rectangles.
 
     Returns:
         Mask of zeros and ones. [size_px, size_px]
@@ -31,7 +34,7 @@ def random_mask(generator: torch.Generator, size_px: int) -> Tensor:
     device = generator.device
     count = int(torch.randint(1, MAX_RECTANGLES + 1, (1,), generator=generator, device=device))
     shares = torch.rand(4, count, 1, generator=generator, device=device)
-    complement = torch.rand(1, generator=generator, device=device) < 0.5
+    complement = torch.rand(1, generator=generator, device=device) < complement_share
 
     low, high = (max(1, round(share * size_px)) for share in SIDE_SHARE)
     margin = max(1, round(MARGIN_SHARE * size_px))

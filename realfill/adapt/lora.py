@@ -69,10 +69,10 @@ def drop(layers: list[LoraLayer], config: TrainingConfig, generator: torch.Gener
         layer.scaling[NAME] = config.scale * float(kept[index % count])
 
 
-def restore(layers: list[LoraLayer], config: TrainingConfig) -> None:
-    """Switch every branch on."""
+def restore(layers: list[LoraLayer], config: TrainingConfig, strength: float = 1.0) -> None:
+    """Switch every branch on, at a share of its full strength."""
     for layer in layers:
-        layer.scaling[NAME] = config.scale
+        layer.scaling[NAME] = config.scale * strength
 
 
 def read_out(

@@ -7,12 +7,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from realfill.adapt.alignment import windows_in_references
 from realfill.base import Base
 from realfill.complete.compositing import Window, crop, crop_mask, window_of
+from realfill.config import TrainingConfig
 from realfill.masks import latent_mask, random_mask
 from realfill.scene import Scene
 
 ENCODE_BATCH = 16
+# Largest window of a reference that could not be aligned, in short sides.
+WIDEST = 2.0
+# Bounds of the change of colours.
+MOST_CONTRAST = 2.0
+LEAST_SPREAD = 0.02
 
 
 @dataclass(frozen=True)
@@ -41,49 +48,108 @@ class Draws:
         )
 
 
-def draw(
-    base: Base,
-    scene: Scene,
-    count: int,
-    generator: torch.Generator,
-    *,
-    zoom: float,
-    hole_share: float = 0.0,
-) -> Draws:
-    """Draw crops of references and target with replacement, mask them and encode them.
-
-    The conditioning mask of the target is the random mask joined with its own hole: what lies in
-    the hole is unwanted and must not be seen, and what is known must not always be given.
+class Views:
+    """Crops of a scene's photographs, with the holes that they are to be completed in.
 
     Args:
-        base: The model that encodes.
         scene: The photographs.
-        count: Number of draws K.
-        generator: Source of every random choice, on the CPU.
-        zoom: Crops show 1 / ``zoom`` of the short side up to all of it.
-        hole_share: Share of draws whose mask is joined with the shape of the target's hole.
+        size_px: Resolution S of the base.
+        config: Which windows, colours and holes are drawn.
 
     Source: RealFill, arXiv:2309.16668, section 3.3.
     """
-    size_px = base.size_px
-    pixels, masks, weights = [], [], []
-    wide = _reach(scene, size_px)
-    shape = crop_mask(scene.mask, window_of(scene.mask, size_px), size_px)
-    for _ in range(count):
-        index = int(torch.randint(len(scene.references) + 1, (), generator=generator))
-        is_target = index == len(scene.references)
-        image = scene.target if is_target else scene.references[index]
-        unknown = scene.mask if is_target else torch.zeros(image.shape[-2:])
-        window = _window(image, generator, 1 / zoom, wide)
-        own_hole = crop_mask(unknown, window, size_px)
-        pixels.append(crop(image, window, size_px))
-        random = torch.maximum(random_mask(generator, size_px), own_hole)
-        if float(torch.rand((), generator=generator)) < hole_share:
-            random = torch.maximum(random, _moved(shape, generator))
-        masks.append(random)
-        weights.append(1 - own_hole)
-    holes = torch.stack(masks)[:, None]
-    return encode(base, torch.stack(pixels), holes, torch.stack(weights)[:, None])
+
+    def __init__(self, scene: Scene, size_px: int, config: TrainingConfig) -> None:
+        self._scene, self._size_px, self._config = scene, size_px, config
+        self._window = window_of(scene.mask, size_px)
+        self._hole = crop_mask(scene.mask, self._window, size_px)
+        # Above 1 where the hole is wider than the target's short side.
+        self._reach = self._window.side / min(scene.target.shape[-2:])
+        self._aligned: list[Window | None] = [None] * len(scene.references)
+        if config.align_share:
+            self._aligned = windows_in_references(scene, self._window)
+
+    def draw(self, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """A crop of a random photograph, its hole and its weights.
+
+        The conditioning mask of the target is joined with its own hole: what lies in the hole is
+        unwanted and must not be seen, and what is known must not always be given.
+
+        Args:
+            generator: Source of every random choice, on the CPU.
+
+        Returns:
+            Pixels in [0, 1] [3, S, S]; 1 where conditioning is missing [S, S]; 1 where the loss
+            counts [S, S].
+        """
+        references = self._scene.references
+        index = int(torch.randint(len(references) + 1, (), generator=generator))
+        if index < len(references):
+            image, unknown = references[index], torch.zeros(references[index].shape[-2:])
+            window = self._reference_window(index, generator)
+        else:
+            image, unknown = self._scene.target, self._scene.mask
+            window = _window(image, generator, 1 / self._config.zoom, self._reach)
+        pixels = crop(image, window, self._size_px)
+        if index < len(references):
+            pixels = self._recoloured(pixels, index, generator)
+        own_hole = crop_mask(unknown, window, self._size_px)
+        return pixels, torch.maximum(self._mask(generator), own_hole), 1 - own_hole
+
+    def _reference_window(self, index: int, generator: torch.Generator) -> Window:
+        config, image, aligned = self._config, self._scene.references[index], self._aligned[index]
+        if _by_chance(config.align_share, generator):
+            if aligned is not None:
+                return _near(aligned, generator)
+            # Nobody knows at what size the reference shows the place: at several, then.
+            return _window(image, generator, 1 / config.zoom, WIDEST)
+        return _window(image, generator, 1 / config.zoom, self._reach)
+
+    def _recoloured(self, pixels: Tensor, index: int, generator: torch.Generator) -> Tensor:
+        """A reference's pixels in colours between its own and the target's, varied. [3, S, S]"""
+        if self._config.colour_match:
+            share = self._config.colour_match * float(torch.rand((), generator=generator))
+            pixels = pixels.lerp(self._in_targets_colours(pixels, index), share)
+        if self._config.colour_jitter:
+            pixels = _varied(pixels, self._config.colour_jitter, generator)
+        return pixels.clamp(0, 1)
+
+    def _in_targets_colours(self, pixels: Tensor, index: int) -> Tensor:
+        """A reference's pixels with the target's mean and spread in each channel. [3, S, S]
+
+        They are measured where both show the same, as far as that is known.
+
+        Source: Reinhard et al., "Color Transfer between Images", 2001; here in RGB.
+        """
+        reference, aligned = self._scene.references[index], self._aligned[index]
+        if aligned is not None:
+            reference = crop(reference, aligned, self._size_px)
+        target = crop(self._scene.target, self._window, self._size_px)[:, self._hole == 0]
+        mean, spread = _moments(reference.flatten(1))
+        wanted_mean, wanted_spread = _moments(target)
+        gain = (wanted_spread / spread).clamp(1 / MOST_CONTRAST, MOST_CONTRAST)
+        return (pixels - mean) * gain + wanted_mean
+
+    def _mask(self, generator: torch.Generator) -> Tensor:
+        """The shape of the target's hole, or random rectangles. [S, S]"""
+        config = self._config
+        if _by_chance(config.hole_share, generator):
+            return _moved(self._hole, generator)
+        return random_mask(generator, self._size_px, complement_share=config.complement_share)
+
+
+def draw(base: Base, views: Views, count: int, generator: torch.Generator) -> Draws:
+    """Draw crops with replacement, mask them and encode them.
+
+    Args:
+        base: The model that encodes.
+        views: What to draw from.
+        count: Number of draws K.
+        generator: Source of every random choice, on the CPU.
+    """
+    drawn = [views.draw(generator) for _ in range(count)]
+    pixels, holes, weights = (torch.stack(parts) for parts in zip(*drawn, strict=True))
+    return encode(base, pixels, holes[:, None], weights[:, None])
 
 
 def encode(base: Base, pixels: Tensor, holes: Tensor, weights: Tensor) -> Draws:
@@ -118,10 +184,32 @@ def _moved(mask: Tensor, generator: torch.Generator) -> Tensor:
     return mask.roll([round(size_px * share) for share in draws[1:]], (0, 1))
 
 
-def _reach(scene: Scene, size_px: int) -> float:
-    """Side of the target's window over its short side; above 1 where the hole is wider."""
-    window = window_of(scene.mask, size_px)
-    return window.side / min(scene.target.shape[-2:])
+def _near(window: Window, generator: torch.Generator) -> Window:
+    """The window, up to a fifth larger or smaller and moved by up to an eighth of its side."""
+    u = torch.rand(3, generator=generator).mul(2).sub(1).tolist()
+    side = max(8, round(window.side * 1.2 ** u[0]))
+    top, left = (
+        round(start + (window.side - side) / 2 + side / 8 * v)
+        for start, v in zip((window.top, window.left), u[1:], strict=True)
+    )
+    return Window(top=top, left=left, side=side)
+
+
+def _by_chance(probability: float, generator: torch.Generator) -> bool:
+    return float(torch.rand((), generator=generator)) < probability
+
+
+def _moments(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each channel. [3, N] to [3, 1, 1] twice"""
+    spread = values.std(1).clamp(min=LEAST_SPREAD)
+    return values.mean(1)[:, None, None], spread[:, None, None]
+
+
+def _varied(pixels: Tensor, amount: float, generator: torch.Generator) -> Tensor:
+    """Another exposure, gamma and white balance of the pixels. [3, S, S]"""
+    draws = amount * (2 * torch.rand(5, generator=generator) - 1)
+    gains = torch.exp(draws[0] + 0.3 * draws[1:4])[:, None, None]
+    return gains * pixels.clamp(min=1e-4) ** float(torch.exp(draws[4]))
 
 
 def _window(image: Tensor, generator: torch.Generator, smallest: float, largest: float) -> Window:

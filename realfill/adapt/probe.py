@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from realfill.adapt.loss import noisy, target_of, weighted_error
-from realfill.adapt.pool import Draws, draw
+from realfill.adapt.pool import Draws, Views, draw
 from realfill.base import Base
+from realfill.config import TrainingConfig
 from realfill.scene import Scene
 
 SIZE = 16
@@ -31,7 +32,7 @@ class Probe:
 def new_probe(base: Base, scene: Scene, seed: int, *, zoom: float) -> Probe:
     """A probe of 16 draws that no training step shares a random number with."""
     generator = torch.Generator().manual_seed(seed * 7919 + 104729)
-    draws = draw(base, scene, SIZE, generator, zoom=zoom)
+    draws = draw(base, Views(scene, base.size_px, TrainingConfig(zoom=zoom)), SIZE, generator)
     total = int(base.scheduler.config.num_train_timesteps)
     timesteps = ((torch.arange(SIZE) + 0.5) / SIZE * total).long().to(base.device)
     noise = torch.randn(draws.latents.shape, generator=generator).to(base.device)

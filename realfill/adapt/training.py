@@ -7,7 +7,7 @@ import math
 import platform
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,11 @@ from torch.nn import functional as F
 
 from realfill.adapt.lora import drop, factors_in, parameters_of, read_out, restore
 from realfill.adapt.loss import noisy, target_of, timesteps_of, weighted_error
-from realfill.adapt.pool import Draws, blank, draw
+from realfill.adapt.pool import Draws, Views, blank, draw
 from realfill.adapt.probe import new_probe, reading
 from realfill.base import PROMPT, Base, attention_for_training
 from realfill.capsule import Adapter, Capsule, CapsuleHeader, write_capsule
+from realfill.complete.compositing import crop_mask, window_of
 from realfill.config import TrainingConfig
 from realfill.errors import TrainingDiverged
 from realfill.scene import Scene
@@ -86,8 +87,10 @@ def train(
             if step + 1 < config.steps:
                 yield Record(step + 1, config.steps, run.running, probe)
         last = run.read_probe(config.steps)
-        restore(run.layers, config)
-        capsule = _capsule(base, scene, config, _report(base, config, run.readings))
+        strength = _strength(base, scene, config)
+        run.set_strength(strength)
+        report = _report(base, config, run.readings) | {"strength": strength}
+        capsule = _capsule(base, scene, config, report)
     if checkpoint:
         checkpoint.unlink(missing_ok=True)
     yield Record(config.steps, config.steps, run.running, last, write_capsule(capsule))
@@ -108,6 +111,7 @@ class _Run:
         if config.rate_text:
             inside = factors_in(base.text_encoder, base.text_adapter_modules, config)
             text_layers = stack.enter_context(inside)
+        self.text_layers = text_layers
         self.groups = [parameters_of(self.layers), parameters_of(text_layers)]
         for parameter in self.parameters:
             parameter.data = parameter.data.float()
@@ -166,6 +170,11 @@ class _Run:
         self.readings[str(step)] = loss
         return loss
 
+    def set_strength(self, strength: float) -> None:
+        """Switch every branch on, at a share of its full strength."""
+        restore(self.layers, self.config, strength)
+        restore(self.text_layers, self.config, strength)
+
     def keep(self, checkpoint: Path, step: int) -> None:
         """Save where the run stands, entirely or not at all."""
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
@@ -203,7 +212,8 @@ class _Source:
     """Batches of draws: from a pool encoded once, or fresh ones."""
 
     def __init__(self, base: Base, scene: Scene, config: TrainingConfig) -> None:
-        self.base, self.scene, self.config = base, scene, config
+        self.base, self.config = base, config
+        self.views = Views(scene, base.size_px, config)
         self.blank = blank(base)
         self.pool: Draws | None = None
         if config.pool:
@@ -227,8 +237,7 @@ class _Source:
         )
 
     def _draw(self, count: int, generator: torch.Generator) -> Draws:
-        zoom, hole_share = self.config.zoom, self.config.hole_share
-        return draw(self.base, self.scene, count, generator, zoom=zoom, hole_share=hole_share)
+        return draw(self.base, self.views, count, generator)
 
 
 def _loss(base: Base, draws: Draws, config: TrainingConfig, generator: torch.Generator) -> Tensor:
@@ -256,15 +265,25 @@ def _decay(step: int, config: TrainingConfig) -> float:
     return warm_up * (0.1 + 0.9 * (1 + math.cos(math.pi * step / config.steps)) / 2)
 
 
+def _strength(base: Base, scene: Scene, config: TrainingConfig) -> float:
+    """Share of the full strength that the adapter is fused with."""
+    missing = crop_mask(scene.mask, window_of(scene.mask, base.size_px), base.size_px)
+    known = 1 - float(missing.mean())
+    return 1.0 if known >= config.full_from else round(known / config.full_from, 4)
+
+
 def _capsule(base: Base, scene: Scene, config: TrainingConfig, report: dict[str, Any]) -> Capsule:
-    text = read_out(base.text_encoder, config) if config.rate_text else Adapter({}, config.scale)
+    scale = config.scale * report["strength"]
+    text = Adapter({}, scale)
+    if config.rate_text:
+        text = replace(read_out(base.text_encoder, config), scale=scale)
     header = CapsuleHeader(
         scene=scene.name,
         base=base.name,
         base_fingerprint=base.fingerprint,
         rank=config.rank,
-        alpha=config.alpha,
-        scale=config.scale,
+        alpha=config.alpha * report["strength"],
+        scale=scale,
         target_modules=base.adapter_modules,
         prompt=PROMPT,
         size_px=base.size_px,
@@ -274,7 +293,7 @@ def _capsule(base: Base, scene: Scene, config: TrainingConfig, report: dict[str,
     )
     return Capsule(
         header=header,
-        adapter=read_out(base.unet, config),
+        adapter=replace(read_out(base.unet, config), scale=scale),
         text_adapter=text,
         prompt_embedding=base.embed(PROMPT).detach().cpu().half(),
         extras=_references(base, scene),

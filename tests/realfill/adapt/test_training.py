@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 
 from realfill.adapt.lora import drop, factors_in, parameters_of
 from realfill.adapt.loss import target_of, timesteps_of, weighted_error
-from realfill.adapt.pool import blank, draw, encode
+from realfill.adapt.pool import Views, blank, draw, encode
 from realfill.adapt.probe import new_probe, reading
 from realfill.adapt.training import Record, train
 from realfill.base import Base, target_layers
 from realfill.capsule import read_capsule
+from realfill.complete.compositing import crop_mask, window_of
 from realfill.config import TrainingConfig, preset
 from realfill.errors import TrainingDiverged
 from realfill.scene import Scene
@@ -154,7 +155,8 @@ def test_targets_hole_never_counts_and_never_shows(base: Base, scene: Scene) -> 
     other = Scene(scene.name, scene.references, scene.target.clone(), scene.mask, None, {})
     other.target[:, scene.mask.bool()] = 0.9
     draws = [
-        draw(base, s, 24, torch.Generator().manual_seed(3), zoom=1.125) for s in (scene, other)
+        draw(base, Views(s, base.size_px, TrainingConfig()), 24, torch.Generator().manual_seed(3))
+        for s in (scene, other)
     ]
     assert torch.equal(draws[0].masked, draws[1].masked)
     assert torch.equal(draws[0].masks, draws[1].masks)
@@ -250,10 +252,23 @@ def test_known_cells_weigh_what_the_configuration_says(base: Base, scene: Scene)
         small(known_weight=0.0)
 
 
-def test_hole_share_hides_more(base: Base, scene: Scene) -> None:
-    """Joining every mask with the shape of the target's hole hides more than none."""
-    plain, joined = (
-        draw(base, scene, 32, torch.Generator().manual_seed(3), zoom=1.125, hole_share=share)
-        for share in (0.0, 1.0)
+def test_adapter_is_weaker_where_little_is_known(base: Base, scene: Scene) -> None:
+    """The scale says how far; the factors are the same."""
+    bold, cautious = (
+        read_capsule(capsule, base)
+        for capsule in (
+            last_of(base, scene, small(probe_every=0, full_from=share)).capsule
+            for share in (0.5, 1.0)
+        )
+        if capsule is not None
     )
-    assert float(joined.masks.mean()) > float(plain.masks.mean())
+    missing = crop_mask(scene.mask, window_of(scene.mask, base.size_px), base.size_px).mean()
+    assert bold.header.scale == 2.0
+    assert bold.header.training["strength"] == 1
+    assert cautious.header.scale == pytest.approx(2 * (1 - float(missing)), abs=1e-3)
+    assert cautious.header.alpha == pytest.approx(4 * cautious.header.scale)
+    for path, factors in bold.adapter.factors.items():
+        assert torch.equal(factors[0], cautious.adapter.factors[path][0])
+        assert torch.equal(factors[1], cautious.adapter.factors[path][1])
+    # The prompt goes through the text encoder at that strength too.
+    assert not torch.equal(bold.prompt_embedding, cautious.prompt_embedding)
