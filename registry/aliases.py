@@ -11,7 +11,7 @@ from datetime import datetime
 
 from sqlalchemy import Connection, insert, select, update
 
-from registry.errors import Conflict, NotFound
+from registry.errors import NotFound, PreconditionFailed
 from registry.schema import alias_moves, aliases, versions
 
 # As the expected number: the alias must not exist yet.
@@ -40,7 +40,7 @@ def move_alias(connection: Connection, step: Step, expect: int | None) -> bool:
         expect: Number the alias must point to now, ABSENT for none, None for any.
 
     Raises:
-        Conflict: It points elsewhere than expected.
+        PreconditionFailed: It points elsewhere than expected.
     """
     here = (aliases.c.scene_id == step.scene_id) & (aliases.c.name == step.alias)
     previous = connection.execute(select(aliases.c.number).where(here)).scalar_one_or_none()
@@ -118,10 +118,10 @@ def step_back(connection: Connection, scene_id: int, scene: str, alias: str) -> 
     return move.id, move.previous
 
 
-def _moved_meanwhile(step: Step, previous: int | None, expect: int) -> Conflict:
+def _moved_meanwhile(step: Step, previous: int | None, expect: int) -> PreconditionFailed:
     now = f"points to version {previous}" if previous else "does not exist"
     wanted = f"version {expect}" if expect else "no such alias"
-    return Conflict(
+    return PreconditionFailed(
         f"The alias {step.alias!r} of {step.scene!r} {now} and you expected {wanted}: someone "
         f"moved it meanwhile. Look at `registry history {step.scene}`, then decide again."
     )

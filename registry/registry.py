@@ -132,7 +132,8 @@ class Registry(Keeper):
             InvalidReference: The scene, the alias, a tag or a metric is not allowed.
             NotFound: There is no such parent.
             AlreadyExists: The scene holds these bytes in a retired version.
-            Conflict: The alias is protected, or the scene or the bytes were erased.
+            Protected: The alias is protected, and override is False.
+            Conflict: The scene or the bytes were erased.
             StorageUnavailable: The store or the database failed; nothing is visible.
         """
         upload = inspect(data)
@@ -189,7 +190,8 @@ class Registry(Keeper):
 
         Raises:
             NotFound: There is no such version, or it is retired.
-            Conflict: The alias points elsewhere than expected, or is protected.
+            PreconditionFailed: The alias points elsewhere than expected.
+            Protected: It is protected, and override is False.
         """
         reference = Reference(scene=check_scene(scene), number=check_number(number))
         step = Step(0, scene, check_alias(alias), number, "alias", person(by), self._clock())
@@ -208,7 +210,7 @@ class Registry(Keeper):
 
         Raises:
             InvalidReference: The reference is a digest, which several scenes may hold.
-            NotFound, Conflict: As `set_alias`.
+            NotFound, PreconditionFailed, Protected: As `set_alias`.
         """
         parsed = Reference.parse(reference)
         if parsed.scene is None:
@@ -233,7 +235,7 @@ class Registry(Keeper):
 
         Raises:
             NotFound: There is no such scene, or no earlier version that is not retired.
-            Conflict: The alias is protected, and override is False.
+            Protected: The alias is protected, and override is False.
         """
         check_scene(scene)
         check_alias(alias)

@@ -8,7 +8,6 @@ ServiceError
 ├── BodyTooLarge        a request body above the limit
 ├── ImageTooLarge       an image of more pixels than the limit
 ├── QueueFull           the lane has as much work as it may promise; try later
-├── PreconditionFailed  an If-Match that no longer holds
 ├── Cancelled           work given up because its client went away
 ├── DeadlineExceeded    work given up because it took longer than the request's limit
 ├── EngineClosed        the engine is shutting down or has stopped
@@ -38,6 +37,8 @@ from registry.errors import (
     InvalidUpload,
     LeaseLost,
     NotFound,
+    PreconditionFailed,
+    Protected,
     RegistryError,
     SignatureRefused,
     StorageUnavailable,
@@ -101,12 +102,6 @@ class QueueFull(ServiceError):
         self.retry_after_s = retry_after_s
 
 
-class PreconditionFailed(ServiceError):
-    """The alias has moved since the client looked at it."""
-
-    code = "precondition_failed"
-
-
 class Cancelled(ServiceError):
     """The work was given up because nobody waits for it any more; never sent to a client."""
 
@@ -164,6 +159,8 @@ STATUS: dict[type[Exception], int] = {
     NotFound: 404,
     AlreadyExists: 409,
     Conflict: 409,
+    PreconditionFailed: 412,
+    Protected: 409,
     LeaseLost: 409,
     CorruptObject: 500,
     SignatureRefused: 500,
@@ -176,7 +173,6 @@ STATUS: dict[type[Exception], int] = {
     BodyTooLarge: 413,
     ImageTooLarge: 413,
     QueueFull: 429,
-    PreconditionFailed: 412,
     # Nobody is there to read it; it marks the request in the log and the metrics.
     Cancelled: 499,
     DeadlineExceeded: 504,

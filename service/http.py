@@ -16,14 +16,13 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 
 from realfill.errors import RealFillError
-from registry.errors import Conflict, RegistryError
+from registry.errors import PreconditionFailed, RegistryError
 from registry.records import Version
 from service.completions import WORKERS, Completions
 from service.errors import (
     Cancelled,
     EngineClosed,
     InvalidRequest,
-    PreconditionFailed,
     QueueFull,
     ServiceError,
     UnsupportedMedia,
@@ -116,12 +115,9 @@ class Routes:
         """Point an alias to a version; with If-Match only from the version named there."""
         expect = expected_version(request.headers.get("if-match"))
         registry = self.road.registry
-        try:
-            version = await self._in_thread(
-                lambda: registry.set_alias(scene, alias, target.version, expect=expect, by="http")
-            )
-        except Conflict as error:
-            raise PreconditionFailed(str(error)) from error
+        version = await self._in_thread(
+            lambda: registry.set_alias(scene, alias, target.version, expect=expect, by="http")
+        )
         return _alias_response(version, alias)
 
     async def alias(self, scene: str, alias: str) -> Response:

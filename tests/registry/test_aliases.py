@@ -10,7 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from registry import Registry
 from registry.aliases import ABSENT
 from registry.database import Database
-from registry.errors import Conflict, InvalidReference, NotFound
+from registry.errors import InvalidReference, NotFound, PreconditionFailed
 from tests.registry.capsules import MemoryObjects, capsule
 
 
@@ -30,7 +30,7 @@ def test_alias_moves_when_it_is_where_expected(registry: Registry) -> None:
 def test_alias_that_moved_meanwhile_stays(registry: Registry) -> None:
     """Compare-and-set on a number that is past raises and changes nothing."""
     publish(registry, 3)
-    with pytest.raises(Conflict, match="points to version 3 and you expected version 2"):
+    with pytest.raises(PreconditionFailed, match="points to version 3 and you expected version 2"):
         registry.set_alias("tower", "live", 1, expect=2)
     assert registry.resolve("tower").number == 3
 
@@ -39,9 +39,9 @@ def test_alias_can_be_expected_to_be_absent(registry: Registry) -> None:
     """ABSENT lets exactly one of two creators win."""
     publish(registry, 2)
     registry.set_alias("tower", "candidate", 1, expect=ABSENT)
-    with pytest.raises(Conflict, match="points to version 1 and you expected no such alias"):
+    with pytest.raises(PreconditionFailed, match="points to version 1 and you expected no such alias"):
         registry.set_alias("tower", "candidate", 2, expect=ABSENT)
-    with pytest.raises(Conflict, match="does not exist and you expected version 1"):
+    with pytest.raises(PreconditionFailed, match="does not exist and you expected version 1"):
         registry.set_alias("tower", "other", 2, expect=1)
 
 

@@ -95,6 +95,20 @@ def test_an_alias_moves_only_from_where_it_was_expected(
     assert client.put(path, json={"version": 2}).status_code == 200
 
 
+def test_a_protected_alias_is_told_from_one_that_moved(
+    client: TestClient, road: Road, capsules: list[bytes]
+) -> None:
+    """409 with a code of its own, whichever way it would move and whatever If-Match says."""
+    _publish(client, capsules[0])
+    _publish(client, capsules[1], "?alias=candidate")
+    road.registry.protect("tower")
+    path = "/v1/scenes/tower/aliases/live"
+    for headers in ({}, {"If-Match": '"1"'}, {"If-Match": '"2"'}):
+        _refused(client.put(path, json={"version": 2}, headers=headers), 409, "protected")
+    _refused(_publish(client, capsules[1]), 409, "protected")
+    assert client.get("/v1/scenes/tower").json()["aliases"] == {"candidate": 2, "live": 1}
+
+
 @pytest.mark.parametrize(
     ("body", "sentence"),
     [
