@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 
 from realfill.errors import RealFillError
-from registry.errors import PreconditionFailed, RegistryError
+from registry.errors import RegistryError
 from registry.records import Version
 from service.completions import WORKERS, Completions
 from service.errors import (
@@ -129,16 +129,10 @@ class Routes:
         """Point an alias back to the version it left; with If-Match only from the one named."""
         expect = expected_version(request.headers.get("if-match"))
         registry = self.road.registry
-
-        def step_back() -> Version:
-            if expect is not None and registry.scene(scene).aliases.get(alias) != expect:
-                raise PreconditionFailed(
-                    f"The alias {alias!r} of {scene!r} does not point to version {expect}: look "
-                    "where it points now, then decide again."
-                )
-            return registry.rollback(scene, alias, by="http")
-
-        return _alias_response(await self._in_thread(step_back), alias)
+        version = await self._in_thread(
+            lambda: registry.rollback(scene, alias, expect=expect, by="http")
+        )
+        return _alias_response(version, alias)
 
     async def version(self, scene: str, number: int) -> Response:
         """One version; its ETag is the digest of its bytes."""

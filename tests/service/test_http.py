@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -265,6 +266,20 @@ def test_rollback_goes_back_from_where_it_was_expected(
     back = client.post(path, headers={"If-Match": etag})
     assert (back.json()["version"], back.headers["etag"]) == (1, '"1"')
     _refused(client.post(path), 404, "not_found")
+
+
+def test_rollbacks_at_once_go_back_once(client: TestClient, base: Base) -> None:
+    """Four operators with the same If-Match: one is answered, three are told that they are late."""
+    for seed in range(5):
+        _publish(client, tiny_capsule(base, "tower", seed))
+
+    def roll_back(_: int) -> int:
+        path = "/v1/scenes/tower/rollback"
+        return int(client.post(path, headers={"If-Match": '"5"'}).status_code)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert sorted(pool.map(roll_back, range(4))) == [200, 412, 412, 412]
+    assert client.get("/v1/scenes/tower").json()["aliases"] == {"live": 4}
 
 
 def test_a_version_is_retired_when_no_alias_points_to_it(
