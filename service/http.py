@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 
 from realfill.errors import RealFillError
-from registry.errors import RegistryError
+from registry.errors import Conflict, RegistryError
 from registry.records import Version
 from service.completions import WORKERS, Completions
 from service.errors import (
@@ -154,10 +154,20 @@ class Routes:
         return Response(data, media_type="application/octet-stream", headers=headers)
 
     async def retire(self, scene: str, number: int) -> VersionView:
-        """Hide a version; 409 while an alias points to it or a service holds it."""
+        """Hide a version; 409 while an alias points to it or another service holds it."""
         registry = self.road.registry
-        retired = await self._in_thread(lambda: registry.retire(scene, number, by="http"))
-        return VersionView.of(retired)
+
+        def withdraw() -> Version:
+            try:
+                return registry.retire(scene, number, by="http")
+            except Conflict:
+                # This service lets it go where nothing else is in the way.
+                version = registry.resolve(f"{scene}@{number}")
+                if version.aliases or not self.road.let_go(version.digest):
+                    raise
+                return registry.retire(scene, number, by="http")
+
+        return VersionView.of(await self._in_thread(withdraw))
 
     async def _resolve(self, scene: str, number: int) -> Version:
         return await self._in_thread(lambda: self.road.registry.resolve(f"{scene}@{number}"))
