@@ -3,6 +3,7 @@
 ServiceError
 ├── InvalidSettings     a setting that is unknown, out of range or unsafe
 ├── InvalidRequest      a request whose fields cannot be used as they are
+├── InvalidQuery        a query string whose parameters cannot be used as they are
 ├── UnsupportedMedia    a request body of a kind that the route does not read
 ├── NotAcceptable       an answer asked for in a form that the route does not write
 ├── BodyTooLarge        a request body above the limit
@@ -61,6 +62,12 @@ class InvalidRequest(ServiceError):
     """The fields of a request cannot be used as they are."""
 
     code = "invalid_request"
+
+
+class InvalidQuery(ServiceError):
+    """The parameters of a query string cannot be used as they are."""
+
+    code = "invalid_query"
 
 
 class UnsupportedMedia(ServiceError):
@@ -168,6 +175,7 @@ STATUS: dict[type[Exception], int] = {
     ServiceError: 500,
     InvalidSettings: 500,
     InvalidRequest: 422,
+    InvalidQuery: 400,
     UnsupportedMedia: 415,
     NotAcceptable: 406,
     BodyTooLarge: 413,

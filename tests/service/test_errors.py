@@ -42,6 +42,7 @@ def test_statuses_are_pinned() -> None:
         "ServiceError": 500,
         "InvalidSettings": 500,
         "InvalidRequest": 422,
+        "InvalidQuery": 400,
         "UnsupportedMedia": 415,
         "NotAcceptable": 406,
         "BodyTooLarge": 413,

@@ -199,7 +199,7 @@ def test_a_wrong_method_is_405_in_our_shape(client: TestClient) -> None:
 def test_a_bad_page_is_refused(client: TestClient, limit: str) -> None:
     """Pages have 1 to 1000 rows."""
     answer = client.get("/v1/scenes", params={"limit": limit})
-    assert "limit" in _refused(answer, 422, "invalid_request")
+    assert "limit" in _refused(answer, 400, "invalid_query")
 
 
 def test_probes_tell_life_from_readiness(road: Road) -> None:
