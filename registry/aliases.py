@@ -11,7 +11,7 @@ from datetime import datetime
 
 from sqlalchemy import Connection, insert, select, update
 
-from registry.errors import Conflict, NotFound
+from registry.errors import NotFound, PreconditionFailed
 from registry.schema import alias_moves, aliases, versions
 
 # As the expected number: the alias must not exist yet.
@@ -40,14 +40,12 @@ def move_alias(connection: Connection, step: Step, expect: int | None) -> bool:
         expect: Number the alias must point to now, ABSENT for none, None for any.
 
     Raises:
-        Conflict: It points elsewhere than expected.
+        PreconditionFailed: It points elsewhere than expected.
     """
-    here = (aliases.c.scene_id == step.scene_id) & (aliases.c.name == step.alias)
-    previous = connection.execute(select(aliases.c.number).where(here)).scalar_one_or_none()
-    if expect is not None and expect != (previous or ABSENT):
-        raise _moved_meanwhile(step, previous, expect)
+    previous = expected_number(connection, step.scene_id, step.scene, step.alias, expect)
     if previous == step.number:
         return False
+    here = (aliases.c.scene_id == step.scene_id) & (aliases.c.name == step.alias)
     if previous is None:
         connection.execute(
             insert(aliases).values(scene_id=step.scene_id, name=step.alias, number=step.number)
@@ -57,7 +55,7 @@ def move_alias(connection: Connection, step: Step, expect: int | None) -> bool:
             update(aliases).where(here, aliases.c.number == previous).values(number=step.number)
         )
         if done.rowcount != 1:
-            raise _moved_meanwhile(step, None, previous)
+            raise _moved_meanwhile(step.scene, step.alias, None, previous)
     connection.execute(
         insert(alias_moves).values(
             scene_id=step.scene_id,
@@ -71,6 +69,24 @@ def move_alias(connection: Connection, step: Step, expect: int | None) -> bool:
         )
     )
     return True
+
+
+def expected_number(
+    connection: Connection, scene_id: int, scene: str, alias: str, expect: int | None
+) -> int | None:
+    """The number that the alias points to, or None where there is no such alias.
+
+    Args:
+        expect: What it must be, ABSENT for no such alias, None for any.
+
+    Raises:
+        PreconditionFailed: It is another.
+    """
+    here = (aliases.c.scene_id == scene_id) & (aliases.c.name == alias)
+    number = connection.execute(select(aliases.c.number).where(here)).scalar_one_or_none()
+    if expect is not None and expect != (number or ABSENT):
+        raise _moved_meanwhile(scene, alias, number, expect)
+    return number
 
 
 def step_back(connection: Connection, scene_id: int, scene: str, alias: str) -> tuple[int, int]:
@@ -118,10 +134,10 @@ def step_back(connection: Connection, scene_id: int, scene: str, alias: str) -> 
     return move.id, move.previous
 
 
-def _moved_meanwhile(step: Step, previous: int | None, expect: int) -> Conflict:
-    now = f"points to version {previous}" if previous else "does not exist"
+def _moved_meanwhile(scene: str, alias: str, number: int | None, expect: int) -> PreconditionFailed:
+    now = f"points to version {number}" if number else "does not exist"
     wanted = f"version {expect}" if expect else "no such alias"
-    return Conflict(
-        f"The alias {step.alias!r} of {step.scene!r} {now} and you expected {wanted}: someone "
-        f"moved it meanwhile. Look at `registry history {step.scene}`, then decide again."
+    return PreconditionFailed(
+        f"The alias {alias!r} of {scene!r} {now} and you expected {wanted}: someone "
+        f"moved it meanwhile. Look at `registry history {scene}`, then decide again."
     )

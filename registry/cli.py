@@ -280,15 +280,22 @@ def promote(
 @cli.command()
 @click.argument("scene")
 @click.option("--alias", default=LIVE, show_default=True, help="Alias to move back.")
+@expect_option
 @override_option
 @by_option
 @json_option
 @click.pass_obj
 def rollback(
-    address: Address, scene: str, alias: str, override: bool, by: str | None, as_json: bool
+    address: Address,
+    scene: str,
+    alias: str,
+    expect: int | None,
+    override: bool,
+    by: str | None,
+    as_json: bool,
 ) -> None:
     """Point an alias of SCENE back to the version it left; again goes further back."""
-    version = address.open().rollback(scene, alias, by=by, override=override)
+    version = address.open().rollback(scene, alias, expect=expect, by=by, override=override)
     tables.print_done(version, as_json, f"{alias} is back at")
 
 

@@ -6,6 +6,8 @@ RegistryError
 ├── NotFound            nothing of that name is here
 ├── AlreadyExists       the bytes are here already, but retired
 ├── Conflict            a change that the present state forbids
+│   ├── PreconditionFailed  an alias that does not point where it was expected to
+│   └── Protected           an alias that moves by an override only
 ├── LeaseLost           a claim that expired before it was used
 ├── CorruptObject       stored bytes that differ from their digest
 ├── SignatureRefused    a signature that is missing, wrong or too old
@@ -46,9 +48,21 @@ class AlreadyExists(RegistryError):
 
 
 class Conflict(RegistryError):
-    """The present state forbids the change, for instance an alias moved meanwhile."""
+    """The present state forbids the change, for instance an alias that points to the version."""
 
     code = "conflict"
+
+
+class PreconditionFailed(Conflict):
+    """The alias does not point to the version that the caller expected: it moved meanwhile."""
+
+    code = "precondition_failed"
+
+
+class Protected(Conflict):
+    """The alias is protected, and the change is no override."""
+
+    code = "protected"
 
 
 class LeaseLost(RegistryError):

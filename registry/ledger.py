@@ -11,7 +11,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 
 from registry.aliases import Step, move_alias
 from registry.catalog import find_any_version, find_tombstone, no_scene
-from registry.errors import AlreadyExists, Conflict, NotFound
+from registry.errors import AlreadyExists, Conflict, NotFound, Protected
 from registry.leases import holders
 from registry.records import Version
 from registry.schema import (
@@ -173,10 +173,11 @@ def move(connection: Connection, step: Step, expect: int | None = None) -> None:
     """Move an alias, and record it if it pointed elsewhere.
 
     Raises:
-        Conflict: It points elsewhere than expected, or is protected and the step is no override.
+        Protected: The alias is protected, and the step is no override.
+        PreconditionFailed: It points elsewhere than expected.
     """
     if not step.override and is_protected(connection, step.scene_id, step.alias):
-        raise Conflict(
+        raise Protected(
             f"The alias {step.alias!r} of {step.scene!r} is protected: move it with --override, "
             f"or lift the protection with `registry unprotect {step.scene} {step.alias}`."
         )

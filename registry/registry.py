@@ -26,7 +26,7 @@ from registry.address import (
     locate,
     locate_cache,
 )
-from registry.aliases import Step, step_back
+from registry.aliases import Step, expected_number, step_back
 from registry.errors import CorruptObject, InvalidReference
 from registry.keeper import Keeper, person
 from registry.records import (
@@ -132,7 +132,8 @@ class Registry(Keeper):
             InvalidReference: The scene, the alias, a tag or a metric is not allowed.
             NotFound: There is no such parent.
             AlreadyExists: The scene holds these bytes in a retired version.
-            Conflict: The alias is protected, or the scene or the bytes were erased.
+            Protected: The alias is protected, and override is False.
+            Conflict: The scene or the bytes were erased.
             StorageUnavailable: The store or the database failed; nothing is visible.
         """
         upload = inspect(data)
@@ -189,7 +190,8 @@ class Registry(Keeper):
 
         Raises:
             NotFound: There is no such version, or it is retired.
-            Conflict: The alias points elsewhere than expected, or is protected.
+            PreconditionFailed: The alias points elsewhere than expected.
+            Protected: It is protected, and override is False.
         """
         reference = Reference(scene=check_scene(scene), number=check_number(number))
         step = Step(0, scene, check_alias(alias), number, "alias", person(by), self._clock())
@@ -208,7 +210,7 @@ class Registry(Keeper):
 
         Raises:
             InvalidReference: The reference is a digest, which several scenes may hold.
-            NotFound, Conflict: As `set_alias`.
+            NotFound, PreconditionFailed, Protected: As `set_alias`.
         """
         parsed = Reference.parse(reference)
         if parsed.scene is None:
@@ -227,18 +229,32 @@ class Registry(Keeper):
             return catalog.find_any_version(connection, step.scene, number)
 
     def rollback(
-        self, scene: str, alias: str = LIVE, *, by: str | None = None, override: bool = False
+        self,
+        scene: str,
+        alias: str = LIVE,
+        *,
+        expect: int | None = None,
+        by: str | None = None,
+        override: bool = False,
     ) -> Version:
         """Point an alias back to the version it left last; again goes one further back.
 
+        Args:
+            expect: Number the alias must point to now, None for any; with it, of several who roll
+                the same version back one does, and the alias goes back once.
+            override: Also where the alias is protected.
+
         Raises:
             NotFound: There is no such scene, or no earlier version that is not retired.
-            Conflict: The alias is protected, and override is False.
+            PreconditionFailed: The alias points elsewhere than expected.
+            Protected: The alias is protected, and override is False.
         """
         check_scene(scene)
         check_alias(alias)
         with self._database.writing() as connection:
             scene_id = ledger.lock_scene(connection, scene)
+            # First, so that who comes too late is told so, and not that nothing is left.
+            expected_number(connection, scene_id, scene, alias, expect)
             undoes, number = step_back(connection, scene_id, scene, alias)
             by, at = person(by), self._clock()
             step = Step(scene_id, scene, alias, number, "rollback", by, at, undoes, override)

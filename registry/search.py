@@ -69,6 +69,12 @@ class Query:
             check_label(key)
         for text in self.metrics:
             _comparison(text)
+        for said in (self.text, self.base, *self.tags.values()):
+            # PostgreSQL takes no NUL, and no version has one.
+            if said is not None and "\0" in said:
+                raise InvalidReference(
+                    f"The condition {ascii(said)[:80]} holds the character NUL: leave it out."
+                )
         for moment in (self.since, self.until):
             if moment is not None and moment.tzinfo is None:
                 raise InvalidReference(

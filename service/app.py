@@ -81,7 +81,15 @@ def build_road(settings: Settings) -> Road:
     )
     keys = [Path(key) for key in settings.registry_keys.split(os.pathsep) if key]
     guard = Guard(Policy(settings.registry_verify), keys)
-    return Road(base, registry, engine, matcher, max_capsules=settings.max_capsules, guard=guard)
+    return Road(
+        base,
+        registry,
+        engine,
+        matcher,
+        max_capsules=settings.max_capsules,
+        guard=guard,
+        lease_s=settings.lease_s,
+    )
 
 
 @bentoml.service(

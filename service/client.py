@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import httpx
 
+from registry.search import Query
 from service.errors import RequestRefused, ServiceUnreachable
 from service.schemas import (
     AliasView,
     CompletionView,
+    MoveList,
+    MoveView,
     SceneList,
     SceneView,
+    SearchFields,
     VersionList,
+    VersionPage,
     VersionView,
 )
 
@@ -111,6 +117,64 @@ class Client:
         answer = self._call("GET", f"/v1/scenes/{scene}/versions")
         return VersionList.model_validate_json(answer.content).versions
 
+    def version(self, scene: str, number: int) -> VersionView:
+        """One version of a scene."""
+        answer = self._call("GET", f"/v1/scenes/{scene}/versions/{number}")
+        return VersionView.model_validate_json(answer.content)
+
+    def search(
+        self, query: Query | None = None, *, after: str | None = None, limit: int = 100
+    ) -> VersionPage:
+        """Versions of all scenes that meet every condition of the query, newest first.
+
+        Args:
+            after: What the page before gave as its ``after``.
+            limit: Versions of one page, 1 to 1000.
+        """
+        fields = SearchFields.of(query or Query(), after, limit)
+        parameters = fields.model_dump(mode="json", exclude_defaults=True)
+        answer = self._call("GET", "/v1/versions", params=parameters)
+        return VersionPage.model_validate_json(answer.content)
+
+    def download(self, scene: str, number: int) -> bytes:
+        """A version's capsule, its bytes checked against the digest that the service states.
+
+        Raises:
+            RequestRefused: The service answered with an error.
+            ServiceUnreachable: It did not answer, or other bytes arrived than it sent.
+        """
+        answer = self._call("GET", f"/v1/scenes/{scene}/versions/{number}/file")
+        stated = answer.headers.get("ETag", "").removeprefix("W/")
+        digest = hashlib.sha256(answer.content).hexdigest()
+        if stated != f'"sha256:{digest}"':
+            raise ServiceUnreachable(
+                f"The capsule {scene}@{number} arrived with the digest sha256:{digest}, and "
+                f"{self.url} stated {stated or 'none'}: check the proxies on the way, then "
+                "download it again."
+            )
+        return answer.content
+
+    def retire(self, scene: str, number: int) -> VersionView:
+        """Hide a version."""
+        answer = self._call("DELETE", f"/v1/scenes/{scene}/versions/{number}")
+        return VersionView.model_validate_json(answer.content)
+
+    def restore(self, scene: str, number: int) -> VersionView:
+        """Show a retired version again."""
+        answer = self._call("POST", f"/v1/scenes/{scene}/versions/{number}/restore")
+        return VersionView.model_validate_json(answer.content)
+
+    def history(self, scene: str, alias: str | None = None) -> list[MoveView]:
+        """Every move of a scene's aliases, or of one of them, oldest first."""
+        parameters = {} if alias is None else {"alias": alias}
+        answer = self._call("GET", f"/v1/scenes/{scene}/history", params=parameters)
+        return MoveList.model_validate_json(answer.content).moves
+
+    def alias(self, scene: str, alias: str = "live") -> AliasView:
+        """The version that an alias points to."""
+        answer = self._call("GET", f"/v1/scenes/{scene}/aliases/{alias}")
+        return AliasView.model_validate_json(answer.content)
+
     def set_alias(
         self, scene: str, alias: str, version: int, *, expect: int | None = None
     ) -> AliasView:
@@ -119,7 +183,17 @@ class Client:
             "PUT",
             f"/v1/scenes/{scene}/aliases/{alias}",
             json={"version": version},
-            headers={} if expect is None else {"If-Match": f'"{expect}"'},
+            headers=_if_match(expect),
+        )
+        return AliasView.model_validate_json(answer.content)
+
+    def rollback(self, scene: str, alias: str = "live", *, expect: int | None = None) -> AliasView:
+        """Point an alias back to the version it left; ``expect`` as in ``set_alias``."""
+        answer = self._call(
+            "POST",
+            f"/v1/scenes/{scene}/rollback",
+            params={"alias": alias},
+            headers=_if_match(expect),
         )
         return AliasView.model_validate_json(answer.content)
 
@@ -159,6 +233,10 @@ def image_of(encoded: str | None) -> bytes:
     if encoded is None:
         raise ValueError("this candidate carries no image; ask for a larger top")
     return base64.b64decode(encoded)
+
+
+def _if_match(expect: int | None) -> dict[str, str]:
+    return {} if expect is None else {"If-Match": f'"{expect}"'}
 
 
 def _read(source: Path | bytes) -> bytes:

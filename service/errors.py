@@ -3,12 +3,12 @@
 ServiceError
 ├── InvalidSettings     a setting that is unknown, out of range or unsafe
 ├── InvalidRequest      a request whose fields cannot be used as they are
+├── InvalidQuery        a query string whose parameters cannot be used as they are
 ├── UnsupportedMedia    a request body of a kind that the route does not read
 ├── NotAcceptable       an answer asked for in a form that the route does not write
 ├── BodyTooLarge        a request body above the limit
 ├── ImageTooLarge       an image of more pixels than the limit
 ├── QueueFull           the lane has as much work as it may promise; try later
-├── PreconditionFailed  an If-Match that no longer holds
 ├── Cancelled           work given up because its client went away
 ├── DeadlineExceeded    work given up because it took longer than the request's limit
 ├── EngineClosed        the engine is shutting down or has stopped
@@ -38,6 +38,8 @@ from registry.errors import (
     InvalidUpload,
     LeaseLost,
     NotFound,
+    PreconditionFailed,
+    Protected,
     RegistryError,
     SignatureRefused,
     StorageUnavailable,
@@ -60,6 +62,12 @@ class InvalidRequest(ServiceError):
     """The fields of a request cannot be used as they are."""
 
     code = "invalid_request"
+
+
+class InvalidQuery(ServiceError):
+    """The parameters of a query string cannot be used as they are."""
+
+    code = "invalid_query"
 
 
 class UnsupportedMedia(ServiceError):
@@ -99,12 +107,6 @@ class QueueFull(ServiceError):
     def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
-
-
-class PreconditionFailed(ServiceError):
-    """The alias has moved since the client looked at it."""
-
-    code = "precondition_failed"
 
 
 class Cancelled(ServiceError):
@@ -164,6 +166,8 @@ STATUS: dict[type[Exception], int] = {
     NotFound: 404,
     AlreadyExists: 409,
     Conflict: 409,
+    PreconditionFailed: 412,
+    Protected: 409,
     LeaseLost: 409,
     CorruptObject: 500,
     SignatureRefused: 500,
@@ -171,12 +175,12 @@ STATUS: dict[type[Exception], int] = {
     ServiceError: 500,
     InvalidSettings: 500,
     InvalidRequest: 422,
+    InvalidQuery: 400,
     UnsupportedMedia: 415,
     NotAcceptable: 406,
     BodyTooLarge: 413,
     ImageTooLarge: 413,
     QueueFull: 429,
-    PreconditionFailed: 412,
     # Nobody is there to read it; it marks the request in the log and the metrics.
     Cancelled: 499,
     DeadlineExceeded: 504,

@@ -27,6 +27,7 @@ from registry.signing import Guard
 from service.engine import Job, Sampled
 from service.errors import Cancelled
 from service.images import to_bytes, to_pixels
+from service.leases import Leases
 
 REFERENCES = "references."
 MIN_REFERENCE_PX = 8
@@ -161,11 +162,13 @@ class Road:
         *,
         max_capsules: int = 64,
         guard: Guard | None = None,
+        lease_s: float = 300.0,
     ) -> None:
         self.base = base
         self.registry = registry
         self.engine = engine
         self.matcher = matcher
+        self.leases = Leases(registry, self.let_go, lease_s=lease_s)
         self._max_capsules = max_capsules
         self._guard = guard or Guard()
         self._capsules: OrderedDict[str, Loaded] = OrderedDict()
@@ -179,15 +182,30 @@ class Road:
         """Whether completions are taken."""
         return self._open
 
+    @property
+    def loaded(self) -> list[str]:
+        """Digests of the capsules in memory, the least recently used first."""
+        with self._load_lock:
+            return list(self._capsules)
+
     def start(self) -> None:
-        """Start the lane."""
+        """Start the lane, and the renewal of claims on what is in memory."""
         self.engine.start()
+        self.leases.start()
         self._open = True
 
     def close(self) -> None:
-        """End the lane within a step; what is in it is cancelled."""
+        """End the lane within a step; what is in it is cancelled, and every claim given up."""
         self._open = False
         self.engine.close(drain=False)
+        self.leases.close()
+
+    def let_go(self, digest: str) -> bool:
+        """Drop a capsule from memory and give up the claim on it; False where it is not there."""
+        with self._load_lock:
+            here = self._capsules.pop(digest, None) is not None
+            self.leases.give_up(digest)
+        return here
 
     def complete(
         self,
@@ -284,10 +302,13 @@ class Road:
                 self._guard.check(self.registry, version, data)
                 capsule = self.check(data)
                 loaded = Loaded(capsule, self._prepare(capsule))
+                self.leases.take(version.digest)
                 self._capsules[version.digest] = loaded
                 while len(self._capsules) > self._max_capsules:
-                    self._capsules.popitem(last=False)
+                    oldest, _ = self._capsules.popitem(last=False)
+                    self.leases.give_up(oldest)
             self._capsules.move_to_end(version.digest)
+            self.leases.note(version.digest)
             return loaded
 
     def check(self, encoded: bytes) -> Capsule:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic_core import PydanticCustomError
 
-from registry.records import Scene, Version
+from registry.records import AliasMove, Page, Scene, Version
+from registry.search import Query
 from service.settings import SamplerName
 
 ImageFormat = Literal["png", "jpeg", "webp"]
@@ -66,6 +68,91 @@ class CompletionView(BaseModel):
     timings_ms: dict[str, float]
 
 
+class SearchFields(BaseModel):
+    """The query string of a search; every condition that is given must hold."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    scene: str | None = None
+    text: Annotated[str | None, Field(description="Occurs in scene, person or prompt.")] = None
+    tag: Annotated[
+        list[str], Field(description="KEY or KEY=VALUE, which it has; may be repeated.")
+    ] = []
+    base: Annotated[str | None, Field(description="Name or fingerprint of the base.")] = None
+    rank: Annotated[int | None, Field(ge=1, le=2**31 - 1)] = None
+    metric: Annotated[
+        list[str], Field(description="Comparison such as psnr>=20; may be repeated.")
+    ] = []
+    since: Annotated[
+        datetime | None, Field(description="Published then or later; UTC where it has no zone.")
+    ] = None
+    until: Annotated[datetime | None, Field(description="Published before.")] = None
+    alias: Annotated[str | None, Field(description="An alias of this name points to it.")] = None
+    retired: Annotated[bool, Field(description="Also retired versions.")] = False
+    after: Annotated[str | None, Field(description="What the page before gave.")] = None
+    limit: Annotated[int, Field(ge=1, le=1000, description="Versions of one page.")] = 100
+
+    @field_validator("tag")
+    @classmethod
+    def _keys_differ(cls, tags: list[str]) -> list[str]:
+        if len({tag.partition("=")[0] for tag in tags}) < len(tags):
+            # No version has two values of one key; the latter alone would be looked for.
+            raise PydanticCustomError("repeated_key", "each key may be given once")
+        return tags
+
+    @field_validator("since", "until")
+    @classmethod
+    def _in_utc(cls, moment: datetime | None) -> datetime | None:
+        if moment is None:
+            return None
+        # Beyond, another zone's moment may have no name in UTC.
+        if not 1970 <= moment.year <= 9998:
+            raise PydanticCustomError("year", "its year should be 1970 to 9998")
+        return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+
+    @classmethod
+    def of(cls, query: Query, after: str | None, limit: int) -> SearchFields:
+        """The query string that asks for a page of a registry's query."""
+        return cls(
+            scene=query.scene,
+            text=query.text,
+            tag=[key if value is None else f"{key}={value}" for key, value in query.tags.items()],
+            base=query.base,
+            rank=query.rank,
+            metric=list(query.metrics),
+            since=query.since,
+            until=query.until,
+            alias=query.alias,
+            retired=query.retired,
+            after=after,
+            limit=limit,
+        )
+
+    def query(self) -> Query:
+        """The registry's query; raises InvalidReference where a condition is malformed."""
+        tags = (tag.partition("=") for tag in self.tag)
+        return Query(
+            scene=self.scene,
+            text=self.text,
+            tags={key: value or None for key, _, value in tags},
+            base=self.base,
+            rank=self.rank,
+            metrics=self.metric,
+            since=self.since,
+            until=self.until,
+            alias=self.alias,
+            retired=self.retired,
+        )
+
+
+class HistoryFields(BaseModel):
+    """The query string of a history."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    alias: Annotated[str | None, Field(description="Only the moves of this alias.")] = None
+
+
 class VersionView(BaseModel):
     """One version of a scene's adapter."""
 
@@ -80,6 +167,10 @@ class VersionView(BaseModel):
     created: datetime
     created_by: str
     aliases: list[str]
+    parent: int | None = Field(description="The version that training began from.")
+    tags: dict[str, str]
+    metrics: dict[str, float]
+    retired: datetime | None = Field(description="When it was hidden.")
     metadata: dict[str, Any]
 
     @classmethod
@@ -97,6 +188,10 @@ class VersionView(BaseModel):
             created=version.created,
             created_by=version.created_by,
             aliases=list(version.aliases),
+            parent=version.parent,
+            tags=dict(version.tags),
+            metrics=dict(version.metrics),
+            retired=version.retired,
             metadata=dict(version.metadata),
         )
 
@@ -132,6 +227,49 @@ class VersionList(BaseModel):
     """All versions of one scene."""
 
     versions: list[VersionView]
+
+
+class VersionPage(BaseModel):
+    """Some of the versions that a search found, newest first."""
+
+    versions: list[VersionView]
+    after: str | None = Field(description="Parameter for the next page; null on the last.")
+
+    @classmethod
+    def of(cls, page: Page) -> VersionPage:
+        """The view of a registry's page."""
+        return cls(
+            versions=[VersionView.of(version) for version in page.versions], after=page.after
+        )
+
+
+class MoveView(BaseModel):
+    """One step of an alias from a version to another."""
+
+    alias: str
+    previous: int | None = Field(description="The version it left; null where it was created.")
+    version: int
+    action: str = Field(description="publish, alias, promote or rollback.")
+    moved: datetime
+    moved_by: str
+
+    @classmethod
+    def of(cls, move: AliasMove) -> MoveView:
+        """The view of a registry's record."""
+        return cls(
+            alias=move.alias,
+            previous=move.previous,
+            version=move.number,
+            action=move.action,
+            moved=move.moved,
+            moved_by=move.moved_by,
+        )
+
+
+class MoveList(BaseModel):
+    """Moves of a scene's aliases, oldest first."""
+
+    moves: list[MoveView]
 
 
 class AliasTarget(BaseModel):

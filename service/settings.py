@@ -49,6 +49,9 @@ class Settings(BaseSettings):
     max_queue: Count = Field(16, description="Requests that may wait for the lane.")
     max_capsules: Count = Field(64, description="Capsules kept in memory.")
     request_timeout_s: Seconds = 60.0
+    lease_s: float = Field(
+        300.0, ge=10, description="Claims on capsules in memory expire so long after a renewal."
+    )
 
     candidates: Count = Field(4, description="Default of the request field of that name.")
     steps: int | None = Field(

@@ -120,6 +120,7 @@ def road_of(
     engine: Lane | None = None,
     matcher: Matcher | None = None,
     max_capsules: int = 4,
+    lease_s: float = 300.0,
 ) -> Road:
     """A road over a real registry in a folder, by default with a fake engine and matcher."""
     return Road(
@@ -128,6 +129,7 @@ def road_of(
         engine or GreyEngine(),
         matcher or LightMatcher(),
         max_capsules=max_capsules,
+        lease_s=lease_s,
     )
 
 

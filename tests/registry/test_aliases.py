@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -10,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from registry import Registry
 from registry.aliases import ABSENT
 from registry.database import Database
-from registry.errors import Conflict, InvalidReference, NotFound
+from registry.errors import InvalidReference, NotFound, PreconditionFailed
 from tests.registry.capsules import MemoryObjects, capsule
 
 
@@ -30,7 +34,7 @@ def test_alias_moves_when_it_is_where_expected(registry: Registry) -> None:
 def test_alias_that_moved_meanwhile_stays(registry: Registry) -> None:
     """Compare-and-set on a number that is past raises and changes nothing."""
     publish(registry, 3)
-    with pytest.raises(Conflict, match="points to version 3 and you expected version 2"):
+    with pytest.raises(PreconditionFailed, match="points to version 3 and you expected version 2"):
         registry.set_alias("tower", "live", 1, expect=2)
     assert registry.resolve("tower").number == 3
 
@@ -39,9 +43,11 @@ def test_alias_can_be_expected_to_be_absent(registry: Registry) -> None:
     """ABSENT lets exactly one of two creators win."""
     publish(registry, 2)
     registry.set_alias("tower", "candidate", 1, expect=ABSENT)
-    with pytest.raises(Conflict, match="points to version 1 and you expected no such alias"):
+    with pytest.raises(
+        PreconditionFailed, match="points to version 1 and you expected no such alias"
+    ):
         registry.set_alias("tower", "candidate", 2, expect=ABSENT)
-    with pytest.raises(Conflict, match="does not exist and you expected version 1"):
+    with pytest.raises(PreconditionFailed, match="does not exist and you expected version 1"):
         registry.set_alias("tower", "other", 2, expect=1)
 
 
@@ -89,6 +95,36 @@ def test_repeated_rollback_goes_further_back(registry: Registry) -> None:
     with pytest.raises(NotFound, match="no earlier version to go back to"):
         registry.rollback("tower")
     assert registry.resolve("tower").number == 1
+
+
+def test_rollback_goes_back_from_where_it_was_expected(registry: Registry) -> None:
+    """Who comes late is told so, even where nothing is left to go back to."""
+    publish(registry, 2)
+    with pytest.raises(PreconditionFailed, match="points to version 2 and you expected version 1"):
+        registry.rollback("tower", expect=1)
+    assert registry.rollback("tower", expect=2).number == 1
+    with pytest.raises(PreconditionFailed, match="points to version 1 and you expected version 2"):
+        registry.rollback("tower", expect=2)
+    with pytest.raises(NotFound, match="no earlier version"):
+        registry.rollback("tower", expect=1)
+
+
+def test_several_who_roll_back_the_same_version_go_back_once(registry: Registry) -> None:
+    """One of eight at once moves the alias, one step; without the check it would go to 1."""
+    publish(registry, 9)
+    start = threading.Barrier(8)
+
+    def roll_back(_: int) -> str:
+        start.wait()
+        try:
+            return registry.rollback("tower", expect=9).reference
+        except PreconditionFailed as error:
+            return error.code
+
+    with ThreadPoolExecutor(8) as pool:
+        outcomes = Counter(pool.map(roll_back, range(8)))
+    assert outcomes == {"tower@8": 1, "precondition_failed": 7}
+    assert registry.resolve("tower").number == 8
 
 
 def test_rollback_after_a_new_publish_returns_to_what_was_live(registry: Registry) -> None:

@@ -55,7 +55,9 @@ def test_round_of_all_commands(files: list[str], tmp_path: Path) -> None:
     assert run_json("publish", files[1], "--no-alias")["aliases"] == []
     assert run_json("alias", "tower", "candidate", "2")["aliases"] == ["candidate"]
     assert run_json("promote", "tower@candidate")["aliases"] == ["candidate", "live"]
-    assert run_json("rollback", "tower")["number"] == 1
+    late = run("rollback", "tower", "--expect", "1")
+    assert (late.exit_code, "you expected version 1" in late.stderr) == (2, True)
+    assert run_json("rollback", "tower", "--expect", "2")["number"] == 1
     assert run_json("alias", "tower", "candidate", "1", "--expect", "2")["number"] == 1
     assert run_json("retire", "tower@2")["retired"] is not None
     assert len(run_json("list", "tower", "--retired")) == 2

@@ -142,6 +142,9 @@ def test_malformed_conditions_are_refused(shop: Registry) -> None:
     for conditions in ({"scene": "A"}, {"alias": "3"}, {"tags": {"A": "b"}}):
         with pytest.raises(InvalidReference, match="is not allowed"):
             Query(**conditions)  # type: ignore[arg-type]
+    for said in ({"text": "a\0b"}, {"base": "a\0b"}, {"tags": {"site": "a\0b"}}):
+        with pytest.raises(InvalidReference, match="the character NUL"):
+            Query(**said)  # type: ignore[arg-type]
     with pytest.raises(InvalidReference, match="has no zone"):
         Query(since=datetime(2026, 5, 4))
     with pytest.raises(InvalidReference, match="use 1 to 10000"):

@@ -11,7 +11,15 @@ from pathlib import Path
 import pytest
 from sqlalchemy import select
 
-from registry import Conflict, InvalidReference, LeaseLost, NotFound, Registry, StorageUnavailable
+from registry import (
+    Conflict,
+    InvalidReference,
+    LeaseLost,
+    NotFound,
+    Protected,
+    Registry,
+    StorageUnavailable,
+)
 from registry.blobs import FOLDER, blob_key, open_directory
 from registry.database import Database
 from registry.errors import AlreadyExists, CorruptObject
@@ -292,7 +300,7 @@ def test_protected_alias_moves_by_override_only(shop: Shop) -> None:
         lambda: shop.registry.set_alias("tower", "live", 1),
         lambda: shop.registry.rollback("tower"),
     ):
-        with pytest.raises(Conflict, match="'live' of 'tower' is protected: move it with"):
+        with pytest.raises(Protected, match="'live' of 'tower' is protected: move it with"):
             change()
     assert shop.registry.resolve("tower").number == 2
     assert shop.registry.scene("tower").latest == 2

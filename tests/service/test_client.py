@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 
+from registry import Query
 from service.client import Client, image_of
 from service.errors import RequestRefused, ServiceUnreachable
 from service.http import create_app
@@ -30,7 +31,9 @@ def client(tmp_path: Path) -> Iterator[Client]:
                 content=request.read(),
                 headers=dict(request.headers),
             )
-            return httpx.Response(answer.status_code, content=answer.content)
+            return httpx.Response(
+                answer.status_code, headers=dict(answer.headers), content=answer.content
+            )
 
         with Client(transport=httpx.MockTransport(forward)) as client:
             yield client
@@ -54,6 +57,50 @@ def test_the_client_goes_the_whole_way(client: Client, tmp_path: Path) -> None:
     assert np.all(decoded(image_of(answer.candidates[0].image))[hole() > 0] == 225)
     with pytest.raises(ValueError, match="larger top"):
         image_of(answer.candidates[1].image)
+
+
+def test_the_client_reaches_every_route_of_the_registry(client: Client) -> None:
+    """Search by page, look at one, download, roll back, retire, restore, and the history of it."""
+    base = tiny_base()
+    capsules = [tiny_capsule(base, "tower", seed) for seed in range(3)]
+    for capsule in capsules:
+        client.publish("tower", capsule)
+    page = client.search(Query(scene="tower", base="tiny"), limit=2)
+    assert [version.version for version in page.versions] == [3, 2]
+    rest = client.search(Query(scene="tower", base="tiny"), after=page.after, limit=2)
+    assert ([version.version for version in rest.versions], rest.after) == ([1], None)
+    assert client.version("tower", 2) == page.versions[1]
+    assert client.download("tower", 2) == capsules[1]
+    assert client.alias("tower").version == 3
+    with pytest.raises(RequestRefused, match="expected version 2") as caught:
+        client.rollback("tower", expect=2)
+    assert (caught.value.status, caught.value.refusal) == (412, "precondition_failed")
+    assert client.rollback("tower", expect=3).version == 2
+    assert client.retire("tower", 3).retired is not None
+    assert client.search(Query(retired=True)).versions[0].version == 3
+    assert client.restore("tower", 3).retired is None
+    moves = [(move.previous, move.version, move.action) for move in client.history("tower", "live")]
+    assert moves == [
+        (None, 1, "publish"),
+        (1, 2, "publish"),
+        (2, 3, "publish"),
+        (3, 2, "rollback"),
+    ]
+    assert client.history("tower", "candidate") == []
+
+
+@pytest.mark.parametrize("headers", [{"ETag": f'"sha256:{"0" * 64}"'}, {}])
+def test_a_download_that_was_altered_on_the_way_is_refused(headers: dict[str, str]) -> None:
+    """The bytes are held against the digest in the ETag."""
+
+    def send(request: httpx.Request) -> httpx.Response:
+        return httpx.Response(200, headers=headers, content=b"capsule")
+
+    with (
+        Client(transport=httpx.MockTransport(send)) as client,
+        pytest.raises(ServiceUnreachable, match="tower@1 arrived with the digest"),
+    ):
+        client.download("tower", 1)
 
 
 def test_a_refusal_carries_the_services_sentence(client: Client) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,20 @@ def test_an_alias_moves_only_from_where_it_was_expected(
     assert client.put(path, json={"version": 2}).status_code == 200
 
 
+def test_a_protected_alias_is_told_from_one_that_moved(
+    client: TestClient, road: Road, capsules: list[bytes]
+) -> None:
+    """409 with a code of its own, whichever way it would move and whatever If-Match says."""
+    _publish(client, capsules[0])
+    _publish(client, capsules[1], "?alias=candidate")
+    road.registry.protect("tower")
+    path = "/v1/scenes/tower/aliases/live"
+    for headers in ({}, {"If-Match": '"1"'}, {"If-Match": '"2"'}):
+        _refused(client.put(path, json={"version": 2}, headers=headers), 409, "protected")
+    _refused(_publish(client, capsules[1]), 409, "protected")
+    assert client.get("/v1/scenes/tower").json()["aliases"] == {"candidate": 2, "live": 1}
+
+
 @pytest.mark.parametrize(
     ("body", "sentence"),
     [
@@ -184,7 +199,7 @@ def test_a_wrong_method_is_405_in_our_shape(client: TestClient) -> None:
 def test_a_bad_page_is_refused(client: TestClient, limit: str) -> None:
     """Pages have 1 to 1000 rows."""
     answer = client.get("/v1/scenes", params={"limit": limit})
-    assert "limit" in _refused(answer, 422, "invalid_request")
+    assert "limit" in _refused(answer, 400, "invalid_query")
 
 
 def test_probes_tell_life_from_readiness(road: Road) -> None:
@@ -251,6 +266,20 @@ def test_rollback_goes_back_from_where_it_was_expected(
     back = client.post(path, headers={"If-Match": etag})
     assert (back.json()["version"], back.headers["etag"]) == (1, '"1"')
     _refused(client.post(path), 404, "not_found")
+
+
+def test_rollbacks_at_once_go_back_once(client: TestClient, base: Base) -> None:
+    """Four operators with the same If-Match: one is answered, three are told that they are late."""
+    for seed in range(5):
+        _publish(client, tiny_capsule(base, "tower", seed))
+
+    def roll_back(_: int) -> int:
+        path = "/v1/scenes/tower/rollback"
+        return int(client.post(path, headers={"If-Match": '"5"'}).status_code)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert sorted(pool.map(roll_back, range(4))) == [200, 412, 412, 412]
+    assert client.get("/v1/scenes/tower").json()["aliases"] == {"live": 4}
 
 
 def test_a_version_is_retired_when_no_alias_points_to_it(

@@ -30,6 +30,12 @@ def test_a_variable_sets_its_field(monkeypatch: pytest.MonkeyPatch) -> None:
     assert load_settings().max_queue == 3
 
 
+def test_a_lease_too_short_to_renew_is_refused() -> None:
+    """A service that is busy for a moment must not lose its claims."""
+    with pytest.raises(InvalidSettings, match="REALFILL_LEASE_S is 1: input should be greater"):
+        load_settings(lease_s=1)
+
+
 def test_an_unknown_setting_fails_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     """A misspelt variable does not silently leave its default in force."""
     monkeypatch.setenv("REALFILL_MAXQUEUE", "3")
