@@ -87,7 +87,14 @@ def membrane(values: Tensor, known: Tensor) -> Tensor:
         ),
         shape=(count, count),
     )
-    flat[:, unknown] = splu(matrix.tocsc()).solve(given).T
+    # Symmetric and positive definite: no pivoting, and an ordering for that halves the time.
+    solver = splu(
+        matrix.tocsc(),
+        permc_spec="MMD_AT_PLUS_A",
+        diag_pivot_thresh=0.0,
+        options={"SymmetricMode": True},
+    )
+    flat[:, unknown] = solver.solve(given).T
     return torch.from_numpy(flat.reshape(values.shape)).to(values)
 
 
