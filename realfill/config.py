@@ -126,7 +126,7 @@ PRESETS: dict[str, TrainingConfig] = {
     ),
     "demo": TrainingConfig(
         preset="demo",
-        steps=200,
+        steps=220,
         batch=16,
         rank=32,
         alpha=32.0,
@@ -136,15 +136,15 @@ PRESETS: dict[str, TrainingConfig] = {
         lora_dropout=0.05,
         mask_dropout=0.0,
         complement_share=0.1,
-        hole_share=0.6,
+        hole_share=0.7,
         align_share=0.8,
         colour_match=1.0,
         colour_jitter=0.1,
         known_weight=0.1,
         timestep_power=2.0,
         full_from=0.5,
-        pool=160,
-        probe_every=100,
+        pool=224,
+        probe_every=110,
     ),
 }
 

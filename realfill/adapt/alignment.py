@@ -28,7 +28,7 @@ TRIALS = 2000
 MIN_INLIERS = 10
 MIN_INLIER_SHARE = 0.2
 MAX_TURN = 0.35
-MIN_INSIDE = 0.6
+MIN_INSIDE = 0.5
 MIN_SCALE, MAX_SCALE = 0.2, 5.0
 
 Features = tuple[NDArray[np.float64], NDArray[np.float64]]

@@ -16,7 +16,7 @@ from realfill.scene import Scene
 
 ENCODE_BATCH = 16
 # Largest window of a reference that could not be aligned, in short sides.
-WIDEST = 2.0
+WIDEST = 1.5
 # Bounds of the change of colours.
 MOST_CONTRAST = 2.0
 LEAST_SPREAD = 0.02
@@ -185,11 +185,11 @@ def _moved(mask: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _near(window: Window, generator: torch.Generator) -> Window:
-    """The window, up to a fifth larger or smaller and moved by up to an eighth of its side."""
+    """The window, up to a twelfth larger, smaller or moved."""
     u = torch.rand(3, generator=generator).mul(2).sub(1).tolist()
-    side = max(8, round(window.side * 1.2 ** u[0]))
+    side = max(8, round(window.side * 1.08 ** u[0]))
     top, left = (
-        round(start + (window.side - side) / 2 + side / 8 * v)
+        round(start + (window.side - side) / 2 + side / 12 * v)
         for start, v in zip((window.top, window.left), u[1:], strict=True)
     )
     return Window(top=top, left=left, side=side)
