@@ -9,13 +9,23 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime
 
-from sqlalchemy import Connection, insert, select, update
+from sqlalchemy import Connection, bindparam, insert, select, update
 
 from registry.errors import NotFound, PreconditionFailed
 from registry.schema import alias_moves, aliases, versions
 
 # As the expected number: the alias must not exist yet.
 ABSENT = 0
+
+# Built once: building a statement takes as long as running it on SQLite.
+_HERE = (aliases.c.scene_id == bindparam("of_scene")) & (aliases.c.name == bindparam("of_name"))
+_NUMBER = select(aliases.c.number).where(_HERE)
+_MOVE = (
+    update(aliases)
+    .where(_HERE, aliases.c.number == bindparam("previous"))
+    .values(number=bindparam("next"))
+)
+_ADD, _ADD_STEP = insert(aliases), insert(alias_moves)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,28 +55,26 @@ def move_alias(connection: Connection, step: Step, expect: int | None) -> bool:
     previous = expected_number(connection, step.scene_id, step.scene, step.alias, expect)
     if previous == step.number:
         return False
-    here = (aliases.c.scene_id == step.scene_id) & (aliases.c.name == step.alias)
     if previous is None:
-        connection.execute(
-            insert(aliases).values(scene_id=step.scene_id, name=step.alias, number=step.number)
-        )
+        row = {"scene_id": step.scene_id, "name": step.alias, "number": step.number}
+        connection.execute(_ADD, row)
     else:
-        done = connection.execute(
-            update(aliases).where(here, aliases.c.number == previous).values(number=step.number)
-        )
-        if done.rowcount != 1:
+        here = {"of_scene": step.scene_id, "of_name": step.alias}
+        there = {"previous": previous, "next": step.number}
+        if connection.execute(_MOVE, here | there).rowcount != 1:
             raise _moved_meanwhile(step.scene, step.alias, None, previous)
     connection.execute(
-        insert(alias_moves).values(
-            scene_id=step.scene_id,
-            alias=step.alias,
-            previous=previous,
-            number=step.number,
-            action=step.action,
-            undoes=step.undoes,
-            moved=step.at,
-            moved_by=step.by,
-        )
+        _ADD_STEP,
+        {
+            "scene_id": step.scene_id,
+            "alias": step.alias,
+            "previous": previous,
+            "number": step.number,
+            "action": step.action,
+            "undoes": step.undoes,
+            "moved": step.at,
+            "moved_by": step.by,
+        },
     )
     return True
 
@@ -82,8 +90,8 @@ def expected_number(
     Raises:
         PreconditionFailed: It is another.
     """
-    here = (aliases.c.scene_id == scene_id) & (aliases.c.name == alias)
-    number = connection.execute(select(aliases.c.number).where(here)).scalar_one_or_none()
+    here = {"of_scene": scene_id, "of_name": alias}
+    number: int | None = connection.execute(_NUMBER, here).scalar_one_or_none()
     if expect is not None and expect != (number or ABSENT):
         raise _moved_meanwhile(scene, alias, number, expect)
     return number

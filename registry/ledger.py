@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Connection, Table, delete, insert, literal, select, update
+from sqlalchemy import Connection, Table, bindparam, delete, insert, literal, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
 from registry.aliases import Step, move_alias
@@ -31,6 +31,17 @@ from registry.seals import seal_of
 from registry.upload import Upload
 
 _INSERTS: dict[str, Any] = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}
+# Built once: building a statement takes as long as running it on SQLite.
+_LOCK_SCENE = select(scenes.c.id).where(scenes.c.name == bindparam("name")).with_for_update()
+_GUARD = select(protected_aliases.c.name).where(
+    protected_aliases.c.scene_id == bindparam("of_scene"),
+    protected_aliases.c.name == bindparam("of_name"),
+)
+_ADD_AUDIT, _ADD_EVENT = insert(audit), insert(outbox).returning(outbox.c.id)
+_OWE = insert(deliveries).from_select(
+    ["endpoint_id", "event_id", "attempts"],
+    select(endpoints.c.id, bindparam("of_event", type_=outbox.c.id.type), literal(0)),
+)
 
 
 def refuse_erased(connection: Connection, scene: str, digest: str) -> None:
@@ -62,9 +73,7 @@ def lock_scene(connection: Connection, name: str) -> int:
     Raises:
         NotFound: There is no such scene.
     """
-    scene_id: int | None = connection.execute(
-        select(scenes.c.id).where(scenes.c.name == name).with_for_update()
-    ).scalar_one_or_none()
+    scene_id: int | None = connection.execute(_LOCK_SCENE, {"name": name}).scalar_one_or_none()
     if scene_id is None:
         raise no_scene(connection, name)
     return scene_id
@@ -271,8 +280,7 @@ def set_labels(
 
 def is_protected(connection: Connection, scene_id: int, alias: str) -> bool:
     """Whether the alias moves only by an override."""
-    here = (protected_aliases.c.scene_id == scene_id) & (protected_aliases.c.name == alias)
-    found = connection.execute(select(protected_aliases.c.name).where(here))
+    found = connection.execute(_GUARD, {"of_scene": scene_id, "of_name": alias})
     return found.one_or_none() is not None
 
 
@@ -305,12 +313,8 @@ def record(
     connection: Connection, event: str, scene: str, by: str, at: datetime, details: dict[str, Any]
 ) -> None:
     """One row for those who ask later, one for those who are to be told, and one for each."""
-    connection.execute(
-        insert(audit).values(at=at, by=by, action=event, scene=scene, details=details)
-    )
+    row = {"at": at, "by": by, "action": event, "scene": scene, "details": details}
+    connection.execute(_ADD_AUDIT, row)
     body = {"event": event, "at": at.isoformat(), "by": by, "scene": scene, **details}
-    added = insert(outbox).values(created=at, event=event, body=body).returning(outbox.c.id)
-    number = literal(connection.execute(added).scalar_one(), outbox.c.id.type)
-    owed = select(endpoints.c.id, number, literal(0))
-    names = ["endpoint_id", "event_id", "attempts"]
-    connection.execute(insert(deliveries).from_select(names, owed))
+    added = connection.execute(_ADD_EVENT, {"created": at, "event": event, "body": body})
+    connection.execute(_OWE, {"of_event": added.scalar_one()})
