@@ -142,7 +142,7 @@ PRESETS: dict[str, TrainingConfig] = {
         colour_jitter=0.1,
         known_weight=0.1,
         timestep_power=2.0,
-        full_from=0.5,
+        full_from=0.65,
         pool=224,
         probe_every=110,
     ),
