@@ -56,6 +56,10 @@ class Lane(Protocol):
         """Queue a job; raises QueueFull or EngineClosed."""
         ...
 
+    def forget(self, digest: str) -> None:
+        """Keep nothing of an adapter on the device."""
+        ...
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -201,10 +205,14 @@ class Road:
         self.leases.close()
 
     def let_go(self, digest: str) -> bool:
-        """Drop a capsule from memory and give up the claim on it; False where it is not there."""
+        """Drop a capsule from memory and device, and the claim on it; False where it is not there.
+
+        What is in the lane is finished first.
+        """
         with self._load_lock:
             here = self._capsules.pop(digest, None) is not None
             self.leases.give_up(digest)
+        self.engine.forget(digest)
         return here
 
     def complete(

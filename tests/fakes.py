@@ -47,6 +47,7 @@ class GreyEngine:
 
     def __init__(self) -> None:
         self.jobs: list[Job] = []
+        self.forgotten: list[str] = []
 
     @property
     def pending(self) -> int:
@@ -58,6 +59,10 @@ class GreyEngine:
 
     def close(self, *, drain: bool = True) -> None:
         """Nothing to close."""
+
+    def forget(self, digest: str) -> None:
+        """Nothing to take out."""
+        self.forgotten.append(digest)
 
     def submit(self, job: Job) -> Future[Sampled]:
         """Done before it returns."""

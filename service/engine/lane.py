@@ -87,6 +87,7 @@ class Engine:
         self._wake = threading.Condition()
         self._thread: threading.Thread | None = None
         self._open = False
+        self._forgotten: set[str] = set()
         self._running: _Entry | None = None
         self._running_left = 0
         self._running_since = 0.0
@@ -168,6 +169,15 @@ class Engine:
             )
         return entry.future
 
+    def forget(self, digest: str) -> None:
+        """Take an adapter out of the weights before the next job, if they hold it; returns at once.
+
+        A job that was submitted with it brings it back, for as long as that job runs.
+        """
+        with self._wake:
+            self._forgotten.add(digest)
+            self._wake.notify_all()
+
     @property
     def pending(self) -> int:
         """Jobs that wait or run."""
@@ -226,20 +236,32 @@ class Engine:
         while True:
             with self._wake:
                 dropped = self._drop_cancelled()
-                while not self._queue and not dropped and self._open:
+                while not (self._queue or dropped or self._forgotten) and self._open:
                     self._wake.wait()
                     dropped = self._drop_cancelled()
+                forgotten, self._forgotten = self._forgotten, set()
                 entry = self._queue.popleft() if self._queue else None
                 if entry is not None and entry.future.set_running_or_notify_cancel():
                     self._running = entry
                     self._running_left = entry.job.sample_steps
                     self._running_since = time.perf_counter()
-                finished = entry is None and not dropped
+                finished = not (entry or dropped or forgotten)
             _tell_cancelled(dropped)
+            self._take_out(forgotten)
             if finished:
                 return None
             if entry is not None and entry.future.running():
                 return entry
+
+    def _take_out(self, forgotten: set[str]) -> None:
+        """Write the base where the weights hold a forgotten adapter, or parts of any."""
+        swapper = self.runner.swapper
+        try:
+            held = bool(forgotten) and swapper.digest in forgotten
+        except RuntimeError:
+            held = True
+        if held:
+            swapper.apply(None, None)
 
     def _drive(self) -> None:
         """Run jobs until the engine is closed; this is the lane's thread."""

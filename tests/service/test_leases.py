@@ -59,7 +59,8 @@ class Shop:
         Registry.open(folder).close()
         database = Database(f"sqlite:///{folder / DATABASE_FILE}")
         self.registry = SlyRegistry(database, open_directory(folder), clock=self.clock)
-        self.road = Road(base, self.registry, GreyEngine(), None, max_capsules=max_capsules)
+        self.engine = GreyEngine()
+        self.road = Road(base, self.registry, self.engine, None, max_capsules=max_capsules)
 
     def complete(self, reference: str) -> int:
         """The number of the version that a completion was made with."""
@@ -170,8 +171,11 @@ def test_an_erased_scene_leaves_memory_at_the_next_renewal(shop: Shop) -> None:
     shop.registry.erase("tower", reason="asked", force=True)
     assert len(shop.road.loaded) == 3
     shop.clock.pass_by(LEASE / 3)
+    lost = set(shop.road.loaded) - {kept}
     shop.road.leases.renew()
     assert shop.road.loaded == [kept]
+    # Not only the capsules: the weights on the device are those of the scene as well.
+    assert set(shop.engine.forgotten) == lost
     [lease] = shop.registry.leases()
     assert (lease.digest, lease.taken) == (kept, shop.clock())
     with pytest.raises(NotFound, match="was erased"):

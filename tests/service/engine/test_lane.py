@@ -235,6 +235,30 @@ def test_close_gives_the_base_back_as_it_was(base: Base) -> None:
     assert all(torch.equal(weight, after[name]) for name, weight in before.items())
 
 
+def test_forgotten_adapter_leaves_the_weights_while_the_lane_is_idle(base: Base) -> None:
+    """It alone: an adapter that nobody forgot stays where it is."""
+    before = {name: weight.clone() for name, weight in base.unet.state_dict().items()}
+
+    def is_base() -> bool:
+        after = base.unet.state_dict()
+        return all(torch.equal(weight, after[name]) for name, weight in before.items())
+
+    with Engine(base) as engine:
+        job = job_for(base, digest="a", adapter=tiny_adapter(base, 1))
+        engine.submit(job).result(WAIT_S)
+        engine.forget("b")
+        engine.submit(job_for(base, digest="a", adapter=tiny_adapter(base, 1))).result(WAIT_S)
+        assert engine.metrics().swaps == 1
+        assert not is_base()
+        engine.forget("a")
+        ends = time.monotonic() + WAIT_S
+        while engine.metrics().swaps == 1 and time.monotonic() < ends:
+            time.sleep(0.01)
+        assert is_base()
+        # And the lane goes on.
+        assert engine.submit(job).result(WAIT_S).digest == "a"
+
+
 def test_close_without_drain_cancels_what_was_submitted(base: Base) -> None:
     """Closing at once ends the running job within a step and the waiting ones unrun."""
     engine = Engine(base).start()
