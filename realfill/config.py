@@ -34,7 +34,7 @@ class TrainingConfig:
         hole_share: Share of draws whose mask is the shape of the target's hole and no random one,
             so that a short run meets holes like the one it is for; the paper has none.
         align_share: Share of the references' draws that show what the target's window shows, where
-            SIFT finds it, and else windows of up to two short sides; the paper's is 0.
+            SIFT finds it, and else windows of up to one and a half short sides; the paper's is 0.
         colour_match: The colours of references are moved towards the target's by a random share of
             up to this; the paper's is 0.
         colour_jitter: Brightness, gamma and channels of references vary by up to this, as natural

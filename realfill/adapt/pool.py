@@ -17,9 +17,13 @@ from realfill.scene import Scene
 ENCODE_BATCH = 16
 # Largest window of a reference that could not be aligned, in short sides.
 WIDEST = 1.5
-# Bounds of the change of colours.
+# Bounds of the change of colours, and the least that must be known of the target to tell its own.
 MOST_CONTRAST = 2.0
 LEAST_SPREAD = 0.02
+LEAST_KNOWN = 64
+
+# Mean and standard deviation of each channel. [3, 1, 1] twice
+Colours = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,9 @@ class Views:
         self._aligned: list[Window | None] = [None] * len(scene.references)
         if config.align_share:
             self._aligned = windows_in_references(scene, self._window)
+        known = crop(scene.target, self._window, size_px)[:, self._hole == 0]
+        self._target_colours = _moments(known) if known.shape[1] >= LEAST_KNOWN else None
+        self._colours = [self._colours_of(index) for index in range(len(scene.references))]
 
     def draw(self, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """A crop of a random photograph, its hole and its weights.
@@ -107,28 +114,21 @@ class Views:
 
     def _recoloured(self, pixels: Tensor, index: int, generator: torch.Generator) -> Tensor:
         """A reference's pixels in colours between its own and the target's, varied. [3, S, S]"""
-        if self._config.colour_match:
+        if self._config.colour_match and self._target_colours is not None:
             share = self._config.colour_match * float(torch.rand((), generator=generator))
-            pixels = pixels.lerp(self._in_targets_colours(pixels, index), share)
+            pixels = pixels.lerp(
+                _in_colours(pixels, self._colours[index], self._target_colours), share
+            )
         if self._config.colour_jitter:
             pixels = _varied(pixels, self._config.colour_jitter, generator)
         return pixels.clamp(0, 1)
 
-    def _in_targets_colours(self, pixels: Tensor, index: int) -> Tensor:
-        """A reference's pixels with the target's mean and spread in each channel. [3, S, S]
-
-        They are measured where both show the same, as far as that is known.
-
-        Source: Reinhard et al., "Color Transfer between Images", 2001; here in RGB.
-        """
+    def _colours_of(self, index: int) -> Colours:
+        """A reference's, where it shows what the target's window shows, as far as that is known."""
         reference, aligned = self._scene.references[index], self._aligned[index]
         if aligned is not None:
             reference = crop(reference, aligned, self._size_px)
-        target = crop(self._scene.target, self._window, self._size_px)[:, self._hole == 0]
-        mean, spread = _moments(reference.flatten(1))
-        wanted_mean, wanted_spread = _moments(target)
-        gain = (wanted_spread / spread).clamp(1 / MOST_CONTRAST, MOST_CONTRAST)
-        return (pixels - mean) * gain + wanted_mean
+        return _moments(reference.flatten(1))
 
     def _mask(self, generator: torch.Generator) -> Tensor:
         """The shape of the target's hole, or random rectangles. [S, S]"""
@@ -199,7 +199,16 @@ def _by_chance(probability: float, generator: torch.Generator) -> bool:
     return float(torch.rand((), generator=generator)) < probability
 
 
-def _moments(values: Tensor) -> tuple[Tensor, Tensor]:
+def _in_colours(pixels: Tensor, own: Colours, wanted: Colours) -> Tensor:
+    """The pixels with another mean and spread in each channel. [3, S, S]
+
+    Source: Reinhard et al., "Color Transfer between Images", 2001; here in RGB.
+    """
+    gain = (wanted[1] / own[1]).clamp(1 / MOST_CONTRAST, MOST_CONTRAST)
+    return (pixels - own[0]) * gain + wanted[0]
+
+
+def _moments(values: Tensor) -> Colours:
     """Mean and standard deviation of each channel. [3, N] to [3, 1, 1] twice"""
     spread = values.std(1).clamp(min=LEAST_SPREAD)
     return values.mean(1)[:, None, None], spread[:, None, None]

@@ -27,6 +27,8 @@ from realfill.errors import TrainingDiverged
 from realfill.scene import Scene
 
 CHECKPOINT_EVERY = 50
+# A capsule that changes nothing would be none.
+LEAST_STRENGTH = 0.1
 
 
 @dataclass(frozen=True)
@@ -269,7 +271,9 @@ def _strength(base: Base, scene: Scene, config: TrainingConfig) -> float:
     """Share of the full strength that the adapter is fused with."""
     missing = crop_mask(scene.mask, window_of(scene.mask, base.size_px), base.size_px)
     known = 1 - float(missing.mean())
-    return 1.0 if known >= config.full_from else round(known / config.full_from, 4)
+    if known >= config.full_from:
+        return 1.0
+    return max(LEAST_STRENGTH, round(known / config.full_from, 4))
 
 
 def _capsule(base: Base, scene: Scene, config: TrainingConfig, report: dict[str, Any]) -> Capsule:

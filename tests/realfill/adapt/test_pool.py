@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -76,6 +78,15 @@ def test_colour_match_moves_references_towards_the_target(scene: Scene) -> None:
     assert all(float(p.min()) >= 0 and float(p.max()) <= 1 for p, _, _ in moved)
     known = torch.stack([p.mean() for p, _, w in moved if not bool((w == 1).all())])
     assert float(known.min()) > 0.5
+
+
+def test_target_of_which_nothing_is_known_has_no_colours(scene: Scene) -> None:
+    """A strip of one pixel leaves no known pixel in the window: references keep their colours."""
+    mask = torch.ones_like(scene.mask)
+    mask[:, 0] = 0
+    plain, moved = (draws_of(replace(scene, mask=mask), colour_match=share) for share in (0.0, 1.0))
+    for before, after in zip(plain, moved, strict=True):
+        assert torch.equal(before[0], after[0])
 
 
 def test_colour_jitter_varies_references_alone(scene: Scene) -> None:
