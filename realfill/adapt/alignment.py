@@ -1,7 +1,8 @@
 """Where a window of the target lies in a reference, found by SIFT where the two have enough alike.
 
 A small model has few steps to learn a scene in: they are best spent on the part of the references
-that belongs into the hole, at the size that it has in the target. A large base needs none of this.
+that belongs into the hole, at the size that it has in the target. The paper's long training of a
+large base does without.
 """
 
 from __future__ import annotations

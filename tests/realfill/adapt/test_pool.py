@@ -110,7 +110,7 @@ def test_references_that_cannot_be_aligned_are_shown_at_several_sizes(scene: Sce
 
 
 def test_references_that_can_be_aligned_show_the_window() -> None:
-    """Each draw looks more like the truth there than crops from anywhere do."""
+    """At about its size and place, and never the same twice."""
     scene = motorcycle_scene()
     assert scene.truth is not None
     window = window_of(scene.mask, SIZE_PX)
