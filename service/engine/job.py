@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from realfill.capsule import Adapter
+from service.engine.halving import Halving
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,9 +25,12 @@ class Job:
         seeds: One sample for each.
         steps: U-Net calls per sample.
         sampler: ddpm, ddim or dpm++2m.
+        tenant: On whose behalf; tenants share the lane evenly, and so do the scenes of one.
+        deadline: When it has to end with what is finished, on ``time.monotonic``'s clock.
+        halving: When to look at its samples and which to give up; None keeps all.
         cancel: Set it and the job ends within one step.
-        on_step: Called in the lane after each step with the steps done and their total; it must
-            return at once.
+        on_step: Called in the lane after each of its steps with the sample-steps done and their
+            total; it must return at once.
     """
 
     digest: str | None
@@ -37,6 +41,9 @@ class Job:
     seeds: tuple[int, ...]
     steps: int
     sampler: str
+    tenant: str = ""
+    deadline: float | None = None
+    halving: Halving | None = None
     cancel: threading.Event = field(default_factory=threading.Event)
     on_step: Callable[[int, int], None] | None = None
 
@@ -62,16 +69,20 @@ class Sampled:
     Attributes:
         samples: Decoded images in [0, 1], not yet composited, in the order of the seeds.
             [N, 3, S, S]
-        digest: Of the adapter that was in the weights while they were sampled.
-        swap_s: Seconds to put it there; near 0 where it already was.
-        sample_s: Seconds of encoding the masked image and of all steps.
+        seeds: Of the samples: all of the job's, or those that were finished when it had to end.
+        digest: Of the adapter that they were drawn with, checked before every step.
+        swap_s: Seconds to make it ready; near 0 where it already was.
+        sample_s: Seconds of encoding the masked image and from the first step to the last.
         decode_s: Seconds of decoding.
         queued_s: Seconds from submission until the lane took the job.
+        partial: Whether the deadline ended it before all seeds were finished.
     """
 
     samples: Tensor
+    seeds: tuple[int, ...]
     digest: str | None
     swap_s: float
     sample_s: float
     decode_s: float
     queued_s: float = 0.0
+    partial: bool = False

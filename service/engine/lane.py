@@ -1,311 +1,285 @@
-"""The lane: the one thread that drives a device, and the bounded queue before it."""
+"""The lane: the one thread that drives a device, and takes the jobs on the board step by step."""
 
 from __future__ import annotations
 
-import dataclasses
 import logging
-import math
-import threading
 import time
-from collections import deque
-from concurrent.futures import Future
-from types import TracebackType
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
-from realfill.base import Base
-from service.engine.cost import SampleStepRate
-from service.engine.job import Job, Sampled
-from service.engine.runner import Attention, Runner
-from service.errors import Cancelled, EngineClosed, QueueFull
+import torch
+
+from service.engine.batcher import Batcher
+from service.engine.board import Board, tell_cancelled
+from service.engine.cost import CostModel
+from service.engine.job import Job
+from service.engine.runner import Runner, Sample
+from service.engine.task import Task
+from service.engine.weights import SpoiltWeights
+from service.errors import Cancelled, DeadlineExceeded
 
 logger = logging.getLogger(__name__)
 
-# Promised before anything was measured, and the least that is ever promised.
-FIRST_RETRY_S = 1.0
-SHORTEST_RETRY_S = 0.05
+# Samples decoded between two steps, so that a large job's images do not hold up the others.
+DECODED_AT_ONCE = 4
+# Running jobs may have so many batches of samples among them; the others wait.
+RUNNING_BATCHES = 4
+# While judges look at all samples that there are, the lane looks up this often.
+PAUSE_S = 0.05
 
 
-@dataclasses.dataclass(eq=False)
-class _Entry:
-    """One submitted job and who waits for it."""
-
-    job: Job
-    future: Future[Sampled]
-    submitted: float
-
-
-@dataclasses.dataclass(frozen=True)
-class EngineMetrics:
-    """What the lane has done and has before it, at one moment.
-
-    Attributes:
-        queued: Jobs that wait.
-        running: 1 while a job is in the lane, else 0.
-        pending_sample_steps: Of the waiting jobs and what is left of the running one.
-        completed, cancelled, failed: Jobs that ended each way.
-        refused: Jobs that found the queue full.
-        sample_steps: Made by completed jobs.
-        sample_steps_per_s: Running estimate, swap and decode included; None before the first job.
-        swaps: Times that the weights were written, for another adapter or for the base.
-    """
-
-    queued: int
-    running: int
-    pending_sample_steps: int
-    completed: int
-    cancelled: int
-    failed: int
-    refused: int
-    sample_steps: int
-    sample_steps_per_s: float | None
-    swaps: int
-
-
-class Engine:
-    """Runs jobs one after the other on one device; safe to call from any thread.
+class Lane:
+    """Takes turns: end what has to end, begin what can begin, decode a little, make one step.
 
     Args:
-        base: Becomes the engine's own until it is closed, which leaves its weights as they were.
-        attention: xformers, sdpa, or auto for xformers where CUDA and the package are there.
-        max_samples: Most samples in one U-Net call.
-        max_queue: Most jobs that wait.
+        runner: The resident base.
+        board: The jobs; the lane alone changes those that run.
+        cost: Calibrated before the first turn and corrected by every step.
+        max_running: Most jobs that share the batches.
     """
 
-    def __init__(
-        self,
-        base: Base,
-        *,
-        attention: Attention = "auto",
-        max_samples: int = 16,
-        max_queue: int = 16,
-    ) -> None:
-        if max_queue < 1:
-            raise ValueError(f"max_queue is {max_queue}; use 1 or more")
-        self.runner = Runner(base, attention=attention, max_samples=max_samples)
-        self.rate = SampleStepRate()
-        self._max_queue = max_queue
-        self._queue: deque[_Entry] = deque()
-        self._wake = threading.Condition()
-        self._thread: threading.Thread | None = None
-        self._open = False
-        self._forgotten: set[str] = set()
-        self._running: _Entry | None = None
-        self._running_left = 0
-        self._running_since = 0.0
-        self._counts = dict.fromkeys(
-            ("completed", "cancelled", "failed", "refused", "sample_steps"), 0
-        )
+    def __init__(self, runner: Runner, board: Board, cost: CostModel, max_running: int) -> None:
+        self.runner = runner
+        self.board = board
+        self.cost = cost
+        self._batcher = Batcher(runner.max_samples)
+        self._max_running = max_running
+        self._most_samples = RUNNING_BATCHES * runner.max_samples
+        self._judges = ThreadPoolExecutor(1, thread_name_prefix="judge")
 
-    def start(self) -> Engine:
-        """Start the lane.
+    def drive(self) -> None:
+        """Turn after turn until the board is closed and empty; this is the lane's thread."""
+        self._calibrate()
+        while self._attend():
+            if not self._turn():
+                with self.board.changed:
+                    self.board.changed.wait(PAUSE_S)
+        self._judges.shutdown()
+        self.runner.release()
 
-        Raises:
-            EngineClosed: It was started before.
-        """
-        with self._wake:
-            if self._thread is not None:
-                raise EngineClosed("the engine was started before; make a new one")
-            self._open = True
-            self._thread = threading.Thread(target=self._drive, name="lane", daemon=True)
-            self._thread.start()
-        return self
-
-    def close(self, *, drain: bool = True) -> None:
-        """Take no more jobs, end those that there are, and stop the lane.
-
-        Args:
-            drain: Finish the jobs; otherwise cancel them, which takes at most one step.
-        """
-        with self._wake:
-            self._open = False
-            if not drain:
-                for entry in [*self._queue, *([self._running] if self._running else [])]:
-                    entry.job.cancel.set()
-            self._wake.notify_all()
-            thread = self._thread
-        if thread is not None:
-            thread.join()
-
-    def __enter__(self) -> Engine:
-        return self.start()
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close(drain=error is None)
-
-    def submit(self, job: Job) -> Future[Sampled]:
-        """Queue a job; first come, first served.
-
-        Returns:
-            A future of its samples. It raises Cancelled where the job's flag was set, and whatever
-            went wrong otherwise; the lane goes on.
-
-        Raises:
-            QueueFull: No room; `retry_after_s` says when there should be.
-            EngineClosed: Not started, or closed.
-            ValueError: The job does not fit the base.
-        """
-        self.runner.check(job)
-        entry = _Entry(job, Future(), time.perf_counter())
-        with self._wake:
-            if not self._open:
-                raise EngineClosed("the engine is not running; start it, or ask another replica")
-            dropped = self._drop_cancelled()
-            room = len(self._queue) < self._max_queue
-            if room:
-                self._queue.append(entry)
-                self._wake.notify_all()
-            else:
-                self._counts["refused"] += 1
-                retry_after_s = self._retry_after_s()
-        _tell_cancelled(dropped)
-        if not room:
-            raise QueueFull(
-                f"{self._max_queue} jobs wait already; try again in {math.ceil(retry_after_s)} s",
-                retry_after_s=retry_after_s,
-            )
-        return entry.future
-
-    def forget(self, digest: str) -> None:
-        """Take an adapter out of the weights before the next job, if they hold it; returns at once.
-
-        A job that was submitted with it brings it back, for as long as that job runs.
-        """
-        with self._wake:
-            self._forgotten.add(digest)
-            self._wake.notify_all()
-
-    @property
-    def pending(self) -> int:
-        """Jobs that wait or run."""
-        with self._wake:
-            return len(self._queue) + (self._running is not None)
-
-    def backlog_s(self) -> float | None:
-        """Expected seconds until a job submitted now would begin, None before the first job."""
-        with self._wake:
-            return self.rate.seconds_for(self._pending_sample_steps())
-
-    def metrics(self) -> EngineMetrics:
-        """What was done and what is before the lane."""
-        with self._wake:
-            return EngineMetrics(
-                queued=len(self._queue),
-                running=int(self._running is not None),
-                pending_sample_steps=self._pending_sample_steps(),
-                sample_steps_per_s=self.rate.per_s,
-                swaps=self.runner.swapper.writes,
-                **self._counts,
-            )
-
-    def _pending_sample_steps(self) -> int:
-        return self._running_left + sum(entry.job.sample_steps for entry in self._queue)
-
-    def _retry_after_s(self) -> float:
-        """Seconds until the running job ends, which is when the queue has room."""
-        running = self._running
-        if running is None:
-            return SHORTEST_RETRY_S
-        expected = self.rate.seconds_for(self._running_left)
-        done = running.job.sample_steps - self._running_left
-        if expected is None and done:
-            # The very first job: its own pace so far is all that is known.
-            elapsed = time.perf_counter() - self._running_since
-            expected = elapsed / done * self._running_left
-        return FIRST_RETRY_S if expected is None else max(expected, SHORTEST_RETRY_S)
-
-    def _drop_cancelled(self) -> list[_Entry]:
-        """Free the places of jobs that nobody waits for; the lock is held.
-
-        Returns:
-            Those jobs, to be told once the lock is released, since futures call back.
-        """
-        dropped = [
-            entry for entry in self._queue if entry.future.cancelled() or entry.job.cancel.is_set()
-        ]
-        if dropped:
-            self._queue = deque(entry for entry in self._queue if entry not in dropped)
-            self._counts["cancelled"] += len(dropped)
-        return dropped
-
-    def _next(self) -> _Entry | None:
-        """The next job to run, or None when the engine is closed and nothing is left."""
+    def _attend(self) -> bool:
+        """Wait for jobs; False when it is time to end."""
+        board = self.board
         while True:
-            with self._wake:
-                dropped = self._drop_cancelled()
-                while not (self._queue or dropped or self._forgotten) and self._open:
-                    self._wake.wait()
-                    dropped = self._drop_cancelled()
-                forgotten, self._forgotten = self._forgotten, set()
-                entry = self._queue.popleft() if self._queue else None
-                if entry is not None and entry.future.set_running_or_notify_cancel():
-                    self._running = entry
-                    self._running_left = entry.job.sample_steps
-                    self._running_since = time.perf_counter()
-                finished = not (entry or dropped or forgotten)
-            _tell_cancelled(dropped)
-            self._take_out(forgotten)
-            if finished:
-                return None
-            if entry is not None and entry.future.running():
-                return entry
+            dropped = board.drop_cancelled()
+            tell_cancelled(dropped)
+            with board.changed:
+                # Under the lock, so that whoever forgets an adapter now wakes the lane again.
+                self.runner.weights.settle()
+                if board.waiting or board.running:
+                    return True
+                if not board.open:
+                    return False
+                board.changed.wait()
 
-    def _take_out(self, forgotten: set[str]) -> None:
-        """Write the base where the weights hold a forgotten adapter, or parts of any."""
-        swapper = self.runner.swapper
-        try:
-            held = bool(forgotten) and swapper.digest in forgotten
-        except RuntimeError:
-            held = True
-        if held:
-            swapper.apply(None, None)
+    def _turn(self) -> bool:
+        """One turn; False where nothing could be done."""
+        for task in list(self.board.running):
+            if task.cancelled:
+                self._end(task, Cancelled("the job was cancelled"))
+            elif task.late:
+                self._stop(task)
+        self._begin_jobs()
+        for task in list(self.board.running):
+            self._guard(task, self._look)
+        finished = [task for task in self.board.running if task.all_finished]
+        if finished:
+            self._guard(finished[0], self._decode)
+        return self._step() or bool(finished)
 
-    def _drive(self) -> None:
-        """Run jobs until the engine is closed; this is the lane's thread."""
-        while (entry := self._next()) is not None:
+    def _begin_jobs(self) -> None:
+        """Let waiting jobs run, in their order, as far as samples and adapters have room."""
+        with self.board.changed:
+            waiting = list(self.board.waiting)
+        for task in waiting:
+            running = self.board.running
+            samples = sum(len(other.samples) for other in running)
+            full = samples + len(task.job.seeds) > self._most_samples
+            if running and (full or len(running) >= self._max_running):
+                break
             try:
-                sampled = self._run(entry)
+                ready = self._take(task)
             except Exception as error:  # noqa: BLE001  # whoever submitted the job gets it
-                cancelled = isinstance(error, Cancelled)
-                if not cancelled:
-                    logger.warning("a job failed: %s: %s", type(error).__name__, error)
-                self._finish("cancelled" if cancelled else "failed")
-                entry.future.set_exception(error)
+                self.board.withdraw(task, error)
+                continue
+            if not ready:
+                # Others may have adapters that are there already.
+                continue
+            if self.board.promote(task):
+                self._guard(task, lambda task: task.begin(self.runner.begin(task.job)))
             else:
-                self._finish("completed", entry.job.sample_steps)
-                entry.future.set_result(sampled)
-        self.runner.swapper.apply(None, None)
+                self._give_back(task)
 
-    def _run(self, entry: _Entry) -> Sampled:
-        job, total = entry.job, entry.job.sample_steps
-
-        def on_step(done: int, steps: int) -> None:
-            with self._wake:
-                self._running_left = total - total * done // steps
-                dropped = self._drop_cancelled()
-            _tell_cancelled(dropped)
-            if job.on_step is not None:
-                job.on_step(done, steps)
-
+    def _take(self, task: Task) -> bool:
+        """Pin a job's adapter; False where there is no room for it now."""
+        job = task.job
         began = time.perf_counter()
-        sampled = self.runner.run(dataclasses.replace(job, on_step=on_step))
-        self.rate.observe(total, time.perf_counter() - began)
-        return dataclasses.replace(sampled, queued_s=began - entry.submitted)
+        if job.digest is not None and job.adapter is not None:
+            task.taken = self.runner.weights.take(job.digest, job.adapter)
+            if not task.taken:
+                return False
+        task.taken_at = began
+        task.swap_s = time.perf_counter() - began
+        return True
 
-    def _finish(self, outcome: str, sample_steps: int = 0) -> None:
-        with self._wake:
-            self._running = None
-            self._running_left = 0
-            self._counts[outcome] += 1
-            self._counts["sample_steps"] += sample_steps
+    def _give_back(self, task: Task) -> None:
+        if task.taken and task.job.digest is not None:
+            task.taken = False
+            self.runner.weights.give_back(task.job.digest)
 
+    def _stop(self, task: Task) -> None:
+        """A deadline has come: go on with what is finished, if anything is."""
+        task.stop()
+        if not task.samples:
+            error = DeadlineExceeded(
+                "The deadline came before one candidate was finished: ask for fewer steps, or "
+                "allow more time."
+            )
+            self._end(task, error)
 
-def _tell_cancelled(entries: list[_Entry]) -> None:
-    """Answer those whose jobs were cancelled while they waited."""
-    for entry in entries:
-        # False where the future itself was cancelled, and its owner knows.
-        if entry.future.set_running_or_notify_cancel():
-            entry.future.set_exception(Cancelled("the job was cancelled while it waited"))
+    def _look(self, task: Task) -> None:
+        """Show a job's samples to its judge, or hear the verdict."""
+        verdict, halving = task.verdict, task.job.halving
+        if verdict is not None and verdict.done():
+            error = verdict.exception()
+            if error is not None:
+                logger.warning("a judge failed, so all samples go on: %s", error)
+            task.judged(None if error is not None else verdict.result())
+        elif task.wants_look and halving is not None:
+            previews = self.runner.decode([sample.history for sample in task.samples])
+            task.verdict = self._judges.submit(halving.judge, previews)
+            task.verdict.add_done_callback(self.board.notify)
+
+    def _decode(self, task: Task) -> None:
+        """Decode a few samples of a job, and answer it once all are there."""
+        if not task.sampled_at:
+            task.sampled_at = time.perf_counter()
+        began = time.perf_counter()
+        waiting = task.to_decode(DECODED_AT_ONCE)
+        images = self.runner.decode([latents for _, latents in waiting])
+        for (place, _), image in zip(waiting, images, strict=True):
+            task.images[place] = image[None]
+        self.runner.synchronize()
+        task.decode_s += time.perf_counter() - began
+        if task.done:
+            self._answer(task)
+
+    def _step(self) -> bool:
+        """One denoising step of the samples that are chosen for it; False where none can move."""
+        step_s = self.cost.step_s(self.runner.max_samples)
+        ready = [task.ready(step_s) for task in self.board.running]
+        chosen = self._batcher.choose([entry for entry in ready if entry is not None])
+        moving = [
+            (task, task.movable()[: chosen[task]]) for task in self.board.running if task in chosen
+        ]
+        if not moving:
+            return False
+        # Samples of one scene stand side by side, scenes in the order in which they came.
+        came = list(dict.fromkeys(task.job.digest for task, _ in moving))
+        moving.sort(key=lambda pair: came.index(pair[0].job.digest))
+        batch = [sample for _, samples in moving for sample in samples]
+        began = time.perf_counter()
+        self._advance(moving, batch)
+        self.runner.synchronize()
+        expected = self.cost.step_s(len(batch), corrected=False)
+        if expected is not None:
+            self.cost.observe(expected, time.perf_counter() - began)
+        self.board.add_up("steps")
+        for task, samples in moving:
+            if task in self.board.running:
+                self._guard(task, partial(self._count, count=len(samples)))
+        return True
+
+    def _advance(self, moving: list[tuple[Task, list[Sample]]], batch: list[Sample]) -> None:
+        """Step a batch; where that fails, step each job by itself, so that one fails alone."""
+        before = {id(sample): sample.index for sample in batch}
+        try:
+            self.runner.step(batch)
+        except SpoiltWeights as error:
+            for task, _ in moving:
+                self._end(task, error)
+        except Exception as error:  # noqa: BLE001  # whoever submitted the job gets it
+            if len(moving) == 1:
+                self._end(moving[0][0], error)
+                return
+            for task, samples in moving:
+                left = [sample for sample in samples if sample.index == before[id(sample)]]
+                if left:
+                    self._guard(task, partial(self._step_alone, samples=left))
+
+    def _step_alone(self, _: Task, samples: list[Sample]) -> None:
+        self.runner.step(samples)
+
+    def _count(self, task: Task, count: int) -> None:
+        """Take in that a job has made a step, and tell its listener."""
+        with self.board.changed:
+            task.sample_steps_left -= count
+            task.sample_steps_done += count
+        if task.job.on_step is not None:
+            task.job.on_step(task.sample_steps_done, task.job.sample_steps)
+
+    def _guard(self, task: Task, work: Callable[[Task], None]) -> None:
+        """Do something for one job; if it fails, that job alone ends with the error."""
+        try:
+            work(task)
+        except Exception as error:  # noqa: BLE001  # whoever submitted the job gets it
+            if task in self.board.running:
+                self._end(task, error)
+
+    def _answer(self, task: Task) -> None:
+        sampled = task.answer()
+        self._give_back(task)
+        took_s = time.perf_counter() - task.submitted
+        if task.promised_s is not None:
+            logger.info(
+                "%d samples of %d steps: expected in %.3g s, answered in %.3g s",
+                len(task.job.seeds), task.job.steps, task.promised_s, took_s,
+            )  # fmt: skip
+        outcome = "partial" if sampled.partial else "completed"
+        self.board.remove(task, outcome, task.sample_steps_done)
+        task.future.set_result(sampled)
+
+    def _end(self, task: Task, error: Exception) -> None:
+        """End a running job with an error."""
+        self._give_back(task)
+        cancelled = isinstance(error, Cancelled)
+        if not cancelled:
+            logger.warning("a job failed: %s: %s", type(error).__name__, error)
+        self.board.remove(task, "cancelled" if cancelled else "failed")
+        task.future.set_exception(error)
+
+    def _calibrate(self) -> None:
+        """Time steps of rising batches on grey, and the decoding of one sample."""
+        base, most = self.runner.base, self.runner.max_samples
+        width = int(base.unet.config.cross_attention_dim)
+        job = Job(
+            digest=None,
+            adapter=None,
+            prompt_embedding=torch.zeros(77, width),
+            target=torch.full((3, base.size_px, base.size_px), 0.5),
+            mask=torch.ones(base.size_px, base.size_px),
+            seeds=tuple(range(most)),
+            steps=2,
+            sampler=base.sampler,
+        )
+        samples = self.runner.begin(job)
+
+        def step_s(size: int) -> float:
+            # The first of two steps warms up.
+            for sample in samples[:size]:
+                sample.index = 0
+            self.runner.step(samples[:size])
+            return self._seconds(lambda: self.runner.step(samples[:size]))
+
+        sizes = sorted({*(2**k for k in range(most.bit_length()) if 2**k <= most), most})
+        decode = partial(self.runner.decode, [samples[0].latents])
+        self.cost.calibrate(sizes, step_s, lambda: self._seconds(decode))
+        logger.info("calibrated: %.4g sample-steps/s", self.cost.per_s)
+
+    def _seconds(self, work: Callable[[], object]) -> float:
+        self.runner.synchronize()
+        began = time.perf_counter()
+        work()
+        self.runner.synchronize()
+        return time.perf_counter() - began

@@ -1,43 +1,99 @@
-"""The resident base: samples one job's seeds in batches, one U-Net call per step."""
+"""The resident base: one U-Net call advances many samples, each of its own scene and step."""
 
 from __future__ import annotations
 
 import importlib.util
-import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from itertools import groupby
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from realfill.base import Base
-from realfill.complete.pipeline import conditions, denoise
-from realfill.complete.samplers import Sampler, sampler
+from realfill.complete.pipeline import conditions
+from realfill.complete.samplers import Sampler, advance, noise_for, sampler
+from service.engine.fused import FusedWeights
 from service.engine.job import Job, Sampled
-from service.engine.swap import Swapper
+from service.engine.layers import is_exact
+from service.engine.segmented import SegmentedWeights
+from service.engine.weights import Part, Weights
 from service.errors import Cancelled
 
-Attention = Literal["auto", "sdpa", "xformers"]
+Attention = Literal["auto", "xformers", "sdpa", "cudnn"]
+Application = Literal["auto", "fused", "segmented"]
+
+# Adapters that lie ready on the device, where nobody says otherwise.
+ARENA_BYTES = {"cpu": 2**30, "cuda": 2**32}
+
+
+@dataclass(eq=False)
+class Conditions:
+    """What the U-Net is told of one job, on its device.
+
+    Attributes:
+        known: Mask and masked image. [1 + C, h, w]
+        prompt: [77, d]
+        table: The sampler.
+    """
+
+    known: Tensor
+    prompt: Tensor
+    table: Sampler
+
+
+@dataclass(eq=False)
+class Sample:
+    """One sample on its way.
+
+    Attributes:
+        digest: Of the adapter that draws it.
+        told: Its job's conditions.
+        seed: Of all its noise.
+        latents: Where it stands. [C, h, w], float32
+        history: The x0 predicted at the step before. [C, h, w], float32
+        index: Steps that it has made.
+    """
+
+    digest: str | None
+    told: Conditions
+    seed: int
+    latents: Tensor
+    history: Tensor
+    index: int = 0
+
+    @property
+    def finished(self) -> bool:
+        """Whether its latents are ready to decode."""
+        return self.index == self.told.table.steps
 
 
 class Runner:
-    """A base with its swapper, used by one thread at a time.
+    """A base with its adapters, used by one thread at a time.
 
-    A sample depends on its seed, the adapter and the batch size, not on its place in the batch:
-    noise is drawn per seed, and batches of one job are of equal size. Another batch size may
-    choose other algorithms for convolutions and matrix products; the samples then differ by
-    rounding, on a CPU in float32 by less than 1e-3 of the range of pixels.
+    On a CPU in float32 a sample's image depends on its seed, its adapter and its conditions, to the
+    bit: not on its neighbours, their adapters, or how many they are (``service.engine.layers`` says
+    how). Elsewhere it is bit-equal within one size of batch and one way of applying adapters, and
+    differs by rounding between them.
 
     Args:
-        base: Becomes the runner's own; its U-Net's weights change with every adapter.
-        attention: xformers, sdpa, or auto for xformers where CUDA and the package are there.
+        base: Becomes the runner's own until ``release``.
+        attention: xformers, sdpa, cudnn (SDPA by cuDNN alone), or auto for xformers where CUDA and
+            the package are there.
         max_samples: Most samples in one U-Net call.
-        decode_samples: Most samples in one call of the autoencoder, whose activations are large.
+        application: fused (whole weights per scene), segmented (low-rank terms beside the base's
+            weights), or auto for the one that suits the device.
+        arena_bytes: For adapters that lie ready on the device; None for 1 GiB on a CPU and 4 GiB on
+            CUDA.
+        split_from: Samples of one scene from which they run in a call of their own; None never.
 
     Raises:
-        ValueError: xformers was asked for but cannot be used, or a number is below 1.
+        ValueError: A choice that this machine cannot follow, or a number below 1.
     """
 
     def __init__(
@@ -46,12 +102,12 @@ class Runner:
         *,
         attention: Attention = "auto",
         max_samples: int = 16,
-        decode_samples: int = 4,
+        application: Application = "auto",
+        arena_bytes: int | None = None,
+        split_from: int | None = None,
     ) -> None:
-        if max_samples < 1 or decode_samples < 1:
-            raise ValueError(
-                f"max_samples is {max_samples}, decode_samples {decode_samples}; use 1 or more"
-            )
+        if max_samples < 1:
+            raise ValueError(f"max_samples is {max_samples}; use 1 or more")
         self.base = base
         self.max_samples = max_samples
         self.attention = choose_attention(
@@ -59,8 +115,22 @@ class Runner:
         )
         if self.attention == "xformers":
             base.unet.enable_xformers_memory_efficient_attention()
-        self.swapper = Swapper(base.unet, base.adapter_modules)
-        self._decode_samples = decode_samples
+        exact = is_exact(base.device, base.dtype)
+        # Several samples in one call of the autoencoder round by their number.
+        self._decode_samples = 1 if exact else 4
+        if application == "auto":
+            application = "fused" if exact else "segmented"
+        if application == "fused" and not exact:
+            raise ValueError(
+                f"application is 'fused', but the base is {base.dtype} on {base.device.type}; "
+                "it takes float32 on a CPU, so choose 'auto' or 'segmented'"
+            )
+        if arena_bytes is None:
+            arena_bytes = ARENA_BYTES.get(base.device.type, ARENA_BYTES["cpu"])
+        kind = FusedWeights if application == "fused" else SegmentedWeights
+        self.weights: Weights = kind(
+            base.unet, base.adapter_modules, budget_bytes=arena_bytes, split_from=split_from
+        )
         self._samplers: dict[tuple[str, int], Sampler] = {}
 
     def check(self, job: Job) -> None:
@@ -85,8 +155,84 @@ class Runner:
         self._sampler(job.sampler, job.steps)
 
     @torch.no_grad()
+    def begin(self, job: Job) -> list[Sample]:
+        """Encode a job's conditions and draw the noise that its samples start from."""
+        told = Conditions(
+            known=conditions(self.base, job.target, job.mask)[0],
+            prompt=job.prompt_embedding.to(self.base.device, self.base.dtype),
+            table=self._sampler(job.sampler, job.steps),
+        )
+        shape = (self.base.latent_channels, *told.known.shape[-2:])
+        samples = []
+        for seed in job.seeds:
+            latents = told.table.start(noise_for(seed, 0, shape)).to(self.base.device)
+            samples.append(Sample(job.digest, told, seed, latents, torch.zeros_like(latents)))
+        return samples
+
+    @torch.no_grad()
+    def step(self, samples: Sequence[Sample]) -> None:
+        """Advance every sample by one step, in as few U-Net calls as the weights allow.
+
+        Args:
+            samples: Unfinished ones, at most ``max_samples``, those of one digest side by side.
+
+        Raises:
+            RuntimeError: Weights were written from elsewhere; what was not yet advanced stands
+                where it stood.
+        """
+        groups = [list(group) for _, group in groupby(samples, lambda sample: sample.digest)]
+        parts = [Part(group[0].digest, len(group)) for group in groups]
+        for batch in self.weights.batches(parts):
+            self.weights.apply([parts[k] for k in batch])
+            chosen = [sample for k in batch for sample in groups[k]]
+            for sample, latents, history in zip(chosen, *self._predict(chosen), strict=True):
+                sample.latents, sample.history = latents, history
+                sample.index += 1
+
+    def _predict(self, samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
+        """One U-Net call and one sampler step. [N, C, h, w] twice, float32"""
+        base, shape = self.base, samples[0].latents.shape
+        latents = torch.stack([s.latents for s in samples])
+        known = torch.stack([s.told.known for s in samples])
+        timesteps = torch.stack([s.told.table.timesteps[s.index] for s in samples])
+        with self._attending():
+            prediction = base.unet(
+                torch.cat([latents.to(base.dtype), known], dim=1),
+                timesteps,
+                encoder_hidden_states=torch.stack([s.told.prompt for s in samples]),
+                return_dict=False,
+            )[0]
+        rows = torch.stack([s.told.table.coefficients[s.index] for s in samples])
+        noise = None
+        if any(s.told.table.stochastic for s in samples):
+            # Others' coefficient of it is zero.
+            drawn = [
+                noise_for(s.seed, s.index + 1, shape)
+                if s.told.table.stochastic
+                else torch.zeros(shape)
+                for s in samples
+            ]
+            noise = torch.stack(drawn).to(base.device)
+        history = torch.stack([s.history for s in samples])
+        return advance(rows, latents, prediction, history, noise)
+
+    @torch.no_grad()
+    def decode(self, latents: Sequence[Tensor]) -> Tensor:
+        """Images in [0, 1] of latents, a few at a time, so that their number does not show.
+
+        Args:
+            latents: One or more. [C, h, w] each
+
+        Returns:
+            [N, 3, S, S]
+        """
+        size = min(self._decode_samples, len(latents))
+        filled = [*latents, *[latents[-1]] * (-len(latents) % size)]
+        batches = [torch.stack(filled[k : k + size]) for k in range(0, len(filled), size)]
+        return torch.cat([self.base.decode(batch) for batch in batches])[: len(latents)]
+
     def run(self, job: Job) -> Sampled:
-        """Swap the job's adapter in and sample all its seeds.
+        """One job by itself, from conditions to images, without a lane.
 
         Raises:
             Cancelled: The job's flag was set; at most one step was made after that.
@@ -94,62 +240,58 @@ class Runner:
         """
         _stop_if(job.cancel)
         began = time.perf_counter()
-        self.swapper.apply(job.digest, job.adapter)
-        self._synchronize()
-        swapped = time.perf_counter()
-        latents = self._sample(job)
-        self._synchronize()
-        sampled = time.perf_counter()
-        samples = _in_equal_batches(
-            latents, self._decode_samples, lambda batch: self._decode(batch, job.cancel)
-        )
-        self._synchronize()
+        if job.digest is not None and job.adapter is not None:
+            self.weights.take(job.digest, job.adapter)
+        try:
+            self.synchronize()
+            swapped = time.perf_counter()
+            samples = self.begin(job)
+            self._run_all(job, samples)
+            self.synchronize()
+            sampled = time.perf_counter()
+            images = self.decode([sample.latents for sample in samples])
+            self.synchronize()
+        finally:
+            if job.digest is not None:
+                self.weights.give_back(job.digest)
         return Sampled(
-            samples=samples,
-            digest=self.swapper.digest,
+            samples=images,
+            seeds=job.seeds,
+            digest=job.digest,
             swap_s=swapped - began,
             sample_s=sampled - swapped,
             decode_s=time.perf_counter() - sampled,
         )
 
-    def _sample(self, job: Job) -> Tensor:
-        """Final latents of all seeds. [N, C, h, w]"""
-        known = conditions(self.base, job.target, job.mask)
-        batches = math.ceil(len(job.seeds) / self.max_samples)
+    def _run_all(self, job: Job, samples: list[Sample]) -> None:
+        batches = [
+            samples[k : k + self.max_samples] for k in range(0, len(samples), self.max_samples)
+        ]
         done = 0
-
-        def count() -> None:
-            nonlocal done
-            done += 1
-            if job.on_step is not None:
-                job.on_step(done, batches * job.steps)
-
-        return _in_equal_batches(
-            torch.arange(len(job.seeds)),
-            self.max_samples,
-            lambda batch: self._sample_batch(
-                job, [job.seeds[k] for k in batch.tolist()], known, count
-            ),
-        )
-
-    def _sample_batch(
-        self, job: Job, seeds: list[int], known: Tensor, count: Callable[[], None]
-    ) -> Tensor:
-        """Final latents of one batch: one U-Net call per step. [N, C, h, w]"""
-        scale = None if job.adapter is None else job.adapter.scale
-        self.swapper.verify(job.digest, scale)
+        for batch in batches:
+            for _ in range(job.steps):
+                _stop_if(job.cancel)
+                self.step(batch)
+                done += 1
+                if job.on_step is not None:
+                    job.on_step(done, len(batches) * job.steps)
         _stop_if(job.cancel)
-        latents = known
-        table = self._sampler(job.sampler, job.steps)
-        for following in denoise(self.base, known, job.prompt_embedding, seeds, table):
-            latents = following
-            count()
-            _stop_if(job.cancel)
-        return latents
 
-    def _decode(self, latents: Tensor, cancel: threading.Event) -> Tensor:
-        _stop_if(cancel)
-        return self.base.decode(latents)
+    def release(self) -> None:
+        """Leave the base as it was before."""
+        self.weights.release()
+
+    def synchronize(self) -> None:
+        """Wait for the device, so that the clock measures its work."""
+        if self.base.device.type == "cuda":
+            torch.cuda.synchronize(self.base.device)
+
+    def _attending(self) -> AbstractContextManager[None]:
+        """Attention by cuDNN, where that was asked for."""
+        if self.attention == "cudnn":
+            chosen: AbstractContextManager[None] = sdpa_kernel(SDPBackend.CUDNN_ATTENTION)
+            return chosen
+        return nullcontext()
 
     def _sampler(self, name: str, steps: int) -> Sampler:
         key = (name, steps)
@@ -158,27 +300,24 @@ class Runner:
             self._samplers[key] = built.to(self.base.device)
         return self._samplers[key]
 
-    def _synchronize(self) -> None:
-        """Wait for the device, so that the clock measures its work."""
-        if self.base.device.type == "cuda":
-            torch.cuda.synchronize(self.base.device)
-
 
 def choose_attention(
     setting: Attention, device_type: str, *, installed: bool
-) -> Literal["sdpa", "xformers"]:
+) -> Literal["xformers", "sdpa", "cudnn"]:
     """Which attention to run.
 
     Args:
-        setting: auto, sdpa or xformers.
+        setting: auto, xformers, sdpa or cudnn.
         device_type: Of the base, "cuda" or "cpu".
         installed: Whether xformers can be imported.
 
     Raises:
-        ValueError: The setting is unknown, or asks for xformers where it cannot run.
+        ValueError: The setting is unknown, or asks for what cannot run here.
     """
     if setting not in get_args(Attention):
         raise ValueError(f"attention is {setting!r}; use one of {get_args(Attention)}")
+    if setting == "cudnn" and device_type != "cuda":
+        raise ValueError(f"attention is 'cudnn', but the base is on {device_type}; use 'sdpa'")
     usable = device_type == "cuda" and installed
     if setting == "xformers" and not usable:
         reason = "it is not installed" if device_type == "cuda" else f"the base is on {device_type}"
@@ -186,29 +325,11 @@ def choose_attention(
             f"attention is 'xformers', but {reason}; pip install 'realfill-serve[gpu]' on a "
             "machine with CUDA, or set attention to 'auto' or 'sdpa'"
         )
-    return "sdpa" if setting == "sdpa" or not usable else "xformers"
+    if setting == "auto":
+        return "xformers" if usable else "sdpa"
+    return setting
 
 
 def _stop_if(cancel: threading.Event) -> None:
     if cancel.is_set():
         raise Cancelled("the job was cancelled; send the request again if it is still wanted")
-
-
-def _in_equal_batches(rows: Tensor, at_most: int, compute: Callable[[Tensor], Tensor]) -> Tensor:
-    """Compute rows in as few batches as allowed, all of one size, so that places do not matter.
-
-    The last batch is filled up with its last row, which is computed again and dropped.
-
-    Args:
-        rows: One or more. [N, ...]
-        at_most: Largest batch.
-        compute: From a batch of rows to a batch of outcomes. [n, ...] -> [n, ...]
-
-    Returns:
-        One outcome per row. [N, ...]
-    """
-    count = len(rows)
-    size = math.ceil(count / math.ceil(count / at_most))
-    missing = -count % size
-    filled = torch.cat([rows, rows[-1:].expand(missing, *rows.shape[1:])])
-    return torch.cat([compute(batch) for batch in filled.split(size)])[:count]

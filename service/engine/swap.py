@@ -3,42 +3,17 @@
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from kernels.merge_lora import MAX_RANK, merge_lora_
+from kernels.merge_lora import merge_lora_
 from realfill.base import target_layers
 from realfill.capsule import Adapter
-from realfill.errors import AdapterMismatch, InvalidCapsule
+from service.engine.staging import StagedAdapter, as_laid_out, as_matrix, stage
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, eq=False)
-class StagedAdapter:
-    """An adapter that fits the U-Net, validated and on its device.
-
-    Attributes:
-        digest: Of the capsule.
-        scale: alpha / rank.
-        factors: lora_A [R, in] and lora_B [out, R] by module path.
-    """
-
-    digest: str
-    scale: float
-    factors: dict[str, tuple[Tensor, Tensor]]
-
-
-def _matrix(weight: Tensor) -> Tensor:
-    """A weight's memory as a matrix, columns in the order they lie in. [out, in]"""
-    if weight.dim() == 2 or weight.is_contiguous():
-        return weight.flatten(1)
-    # Channels last: rows, columns, then channels of the kernel.
-    return weight.permute(0, 2, 3, 1).view(len(weight), -1)
 
 
 class Swapper:
@@ -72,7 +47,8 @@ class Swapper:
         if not self._modules:
             raise ValueError(f"no layer of the U-Net is named like any of {endings}")
         self._pristine = {
-            path: _matrix(module.weight.detach()).clone() for path, module in self._modules.items()
+            path: as_matrix(module.weight.detach()).clone()
+            for path, module in self._modules.items()
         }
         self._current: StagedAdapter | None = None
         self._torn = False
@@ -96,6 +72,11 @@ class Swapper:
     def module_paths(self) -> tuple[str, ...]:
         """Paths of the modules that adapters may change."""
         return tuple(self._modules)
+
+    @property
+    def modules(self) -> Mapping[str, nn.Linear | nn.Conv2d]:
+        """The same with their modules."""
+        return self._modules
 
     def apply(self, digest: str | None, adapter: Adapter | None) -> bool:
         """Make the weights hold exactly this adapter, or none.
@@ -127,31 +108,19 @@ class Swapper:
         Raises:
             AdapterMismatch, InvalidCapsule: As `apply`.
         """
-        ranks = self._check_shapes(digest, adapter)
-        tensors = [tensor.detach() for pair in adapter.factors.values() for tensor in pair]
-        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-        weight = next(iter(self._pristine.values()))
-        # CPUs calculate slowly in half precision, so there the factors are widened once, here.
-        flat = flat.to(weight.device) if weight.is_cuda else flat.float()
-        lowest, highest = torch.aminmax(flat)
-        # A single NaN makes both of them NaN.
-        largest = max(-float(lowest), float(highest))
-        if not math.isfinite(largest) or not math.isfinite(adapter.scale):
-            raise InvalidCapsule(
-                f"adapter {digest} holds NaN or infinity; train and publish the scene again"
-            )
-        bound = abs(adapter.scale) * max(ranks) * largest**2
-        if bound > torch.finfo(weight.dtype).max / 2:
-            raise InvalidCapsule(
-                f"adapter {digest} may reach {bound:.3g}, too much for {weight.dtype}; "
-                "train with a lower learning rate, or serve the base in bfloat16"
-            )
-        parts = iter(flat.split([tensor.numel() for tensor in tensors]))
-        factors = {
-            path: (self._as_laid_out(path, next(parts).view(a.shape)), next(parts).view(b.shape))
-            for path, (a, b) in adapter.factors.items()
-        }
-        return StagedAdapter(digest, float(adapter.scale), factors)
+        return stage(self._modules, digest, adapter)
+
+    def hold(self, staged: StagedAdapter | None) -> bool:
+        """Make the weights hold a staged adapter, or the base; whether they were written."""
+        digest, scale = (None, None) if staged is None else (staged.digest, staged.scale)
+        if self._holds(digest, scale):
+            return False
+        self.commit(staged)
+        return True
+
+    def is_sound(self) -> bool:
+        """Whether the weights are whole and nobody else has written to them."""
+        return not self._torn and self._marks == self._read_marks()
 
     def commit(self, staged: StagedAdapter | None) -> None:
         """Write a staged adapter into the weights, or the base where it is None.
@@ -209,14 +178,7 @@ class Swapper:
         return [(weight.data_ptr(), weight._version) for weight in weights]
 
     def _weight(self, path: str) -> Tensor:
-        return _matrix(self._modules[path].weight.detach())
-
-    def _as_laid_out(self, path: str, lora_A: Tensor) -> Tensor:
-        """lora_A with its columns in the order that the weight has in memory."""
-        weight = self._modules[path].weight
-        if weight.dim() == 2 or weight.is_contiguous():
-            return lora_A
-        return lora_A.view(-1, *weight.shape[1:]).permute(0, 2, 3, 1).flatten(1)
+        return as_matrix(self._modules[path].weight.detach())
 
     def _write(self, staged: StagedAdapter | None) -> None:
         """Every target weight, from its pristine copy."""
@@ -232,30 +194,10 @@ class Swapper:
                 self._merge(
                     [self._weight(path) for path in factors],
                     [self._pristine[path] for path in factors],
-                    [a for a, _ in factors.values()],
+                    [
+                        as_laid_out(self._modules[path].weight, a)
+                        for path, (a, _) in factors.items()
+                    ],
                     [b for _, b in factors.values()],
                     staged.scale,
                 )
-
-    def _check_shapes(self, digest: str, adapter: Adapter) -> set[int]:
-        """Ranks of the adapter's modules, all of which the U-Net has in the same shape."""
-        ranks = set()
-        for path, (lora_A, lora_B) in adapter.factors.items():
-            if path not in self._modules:
-                raise AdapterMismatch(
-                    f"adapter {digest} changes {path!r}, which is no target module of this base; "
-                    "train it for this base"
-                )
-            rows, columns = self._pristine[path].shape
-            rank = lora_A.shape[0]
-            fits = lora_A.shape == (rank, columns) and lora_B.shape == (rows, rank)
-            if not fits or not 1 <= rank <= MAX_RANK:
-                raise AdapterMismatch(
-                    f"adapter {digest} has lora_A {tuple(lora_A.shape)} and lora_B "
-                    f"{tuple(lora_B.shape)} for {path!r} of shape {(rows, columns)}; "
-                    f"train it for this base with a rank of at most {MAX_RANK}"
-                )
-            ranks.add(rank)
-        if not ranks:
-            raise AdapterMismatch(f"adapter {digest} changes nothing; train the scene again")
-        return ranks

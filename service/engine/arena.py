@@ -1,0 +1,171 @@
+"""What of many scenes lies ready: the least recently used goes, what a job needs stays."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+V = TypeVar("V")
+
+
+@dataclass(frozen=True)
+class TierMetrics:
+    """One tier's contents and history.
+
+    Attributes:
+        budget_bytes: What it may hold.
+        held_bytes: What it holds.
+        entries: Scenes in it.
+        pinned: Of those, scenes that jobs need now.
+        hits, misses: Scenes that were found in it or not when a job asked.
+        evictions: Scenes that left to make room.
+    """
+
+    budget_bytes: int
+    held_bytes: int
+    entries: int
+    pinned: int
+    hits: int
+    misses: int
+    evictions: int
+
+
+@dataclass(eq=False)
+class _Entry(Generic[V]):
+    value: V
+    size_bytes: int
+    pins: int = 0
+
+
+class Tier(Generic[V]):
+    """Values by digest within a budget of bytes; safe to use from many threads.
+
+    A single entry may exceed the budget where nothing else is in the tier: a scene that is asked
+    for is served, however small the budget.
+
+    Args:
+        budget_bytes: What the entries may take together.
+        on_evict: Told each value that leaves, while the tier is locked.
+    """
+
+    def __init__(self, budget_bytes: int, on_evict: Callable[[V], None] | None = None) -> None:
+        self.budget_bytes = budget_bytes
+        self._on_evict = on_evict
+        self._entries: OrderedDict[str, _Entry[V]] = OrderedDict()
+        # Held while a value is made, so that nothing is made twice.
+        self._lock = threading.RLock()
+        self._held_bytes = 0
+        self._hits = self._misses = self._evictions = 0
+
+    def __contains__(self, digest: str) -> bool:
+        with self._lock:
+            return digest in self._entries
+
+    def __getitem__(self, digest: str) -> V:
+        """What lies there; KeyError where nothing does. Counts as no use."""
+        with self._lock:
+            return self._entries[digest].value
+
+    def digests(self) -> list[str]:
+        """What is there, the least recently used first."""
+        with self._lock:
+            return list(self._entries)
+
+    def take(
+        self, digest: str, size_bytes: int, make: Callable[[], V], *, pin: bool = True
+    ) -> V | None:
+        """Find a value or make it, and keep it there until it is given back.
+
+        Args:
+            digest: Its name.
+            size_bytes: What it takes.
+            make: Makes it, once there is room for it.
+            pin: Whether it must stay until ``give_back``; otherwise it is brought for later.
+
+        Returns:
+            The value; None where everything that could make room is pinned.
+        """
+        with self._lock:
+            entry = self._entries.get(digest)
+            if entry is None:
+                if not self._make_room(size_bytes):
+                    return None
+                entry = _Entry(make(), size_bytes)
+                self._entries[digest] = entry
+                self._held_bytes += size_bytes
+                self._misses += 1
+            elif pin:
+                self._hits += 1
+            self._entries.move_to_end(digest)
+            entry.pins += int(pin)
+            return entry.value
+
+    def give_back(self, digest: str) -> None:
+        """Undo one pin."""
+        with self._lock:
+            entry = self._entries.get(digest)
+            if entry is None:
+                # It was expelled meanwhile.
+                return
+            if entry.pins < 1:
+                raise ValueError(f"{digest} is not pinned; give back only what was taken")
+            entry.pins -= 1
+            self._make_room(0)
+
+    def drop(self, digest: str) -> bool:
+        """Take a value out unless a job needs it; whether it is gone."""
+        with self._lock:
+            entry = self._entries.get(digest)
+            if entry is None:
+                return True
+            if entry.pins:
+                return False
+            self._remove(digest)
+            return True
+
+    def expel(self, digest: str) -> None:
+        """Take a value out even if jobs need it: it must not be used again."""
+        with self._lock:
+            if digest in self._entries:
+                self._remove(digest)
+
+    def clear(self) -> None:
+        """Take everything out, pinned or not."""
+        with self._lock:
+            for digest in list(self._entries):
+                self._remove(digest)
+
+    def metrics(self) -> TierMetrics:
+        """Contents and history."""
+        with self._lock:
+            return TierMetrics(
+                budget_bytes=self.budget_bytes,
+                held_bytes=self._held_bytes,
+                entries=len(self._entries),
+                pinned=sum(entry.pins > 0 for entry in self._entries.values()),
+                hits=self._hits,
+                misses=self._misses,
+                evictions=self._evictions,
+            )
+
+    def _make_room(self, size_bytes: int) -> bool:
+        """Evict until so many bytes fit; False where what is pinned leaves no room."""
+        for digest in list(self._entries):
+            if self._fits(size_bytes):
+                break
+            if not self._entries[digest].pins:
+                self._remove(digest)
+                self._evictions += 1
+        return self._fits(size_bytes) or not self._entries
+
+    def _fits(self, size_bytes: int) -> bool:
+        return self._held_bytes + size_bytes <= self.budget_bytes
+
+    def _remove(self, digest: str) -> None:
+        entry = self._entries.pop(digest)
+        self._held_bytes -= entry.size_bytes
+        if self._on_evict is not None:
+            self._on_evict(entry.value)

@@ -1,0 +1,98 @@
+"""The jobs of one engine: who waits, who runs, and how those ended that are gone."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+from service.engine.task import Task
+from service.errors import Cancelled
+
+OUTCOMES = ("completed", "partial", "cancelled", "failed", "refused", "sample_steps", "steps")
+
+
+class Board:
+    """Jobs and counts under one lock; ``changed`` is notified of whatever the lane should see.
+
+    Attributes:
+        waiting, running: In the order in which they came. Only the lane changes ``running``.
+        open: Whether jobs are taken.
+    """
+
+    def __init__(self) -> None:
+        self.changed = threading.Condition()
+        self.waiting: list[Task] = []
+        self.running: list[Task] = []
+        self.open = False
+        self.counts = dict.fromkeys(OUTCOMES, 0)
+
+    def __len__(self) -> int:
+        """Jobs that wait or run."""
+        with self.changed:
+            return len(self.waiting) + len(self.running)
+
+    def notify(self, _: object = None) -> None:
+        """Wake the lane."""
+        with self.changed:
+            self.changed.notify_all()
+
+    def add_up(self, name: str, count: int = 1) -> None:
+        """Count something."""
+        with self.changed:
+            self.counts[name] += count
+
+    def sample_steps_left(self) -> int:
+        """Of all jobs."""
+        with self.changed:
+            return sum(task.sample_steps_left for task in [*self.waiting, *self.running])
+
+    def samples(self) -> int:
+        """Of all jobs, decoded or not."""
+        with self.changed:
+            return sum(len(task.job.seeds) for task in [*self.waiting, *self.running])
+
+    def drop_cancelled(self) -> list[Task]:
+        """Free the places of waiting jobs that nobody wants; ``tell_cancelled`` them next."""
+        with self.changed:
+            dropped = [task for task in self.waiting if task.cancelled]
+            if dropped:
+                self.waiting = [task for task in self.waiting if task not in dropped]
+                self.counts["cancelled"] += len(dropped)
+            return dropped
+
+    def withdraw(self, task: Task, error: Exception) -> None:
+        """Fail a job that waits."""
+        with self.changed:
+            if task not in self.waiting:
+                return
+            self.waiting.remove(task)
+            self.counts["failed"] += 1
+        if task.future.set_running_or_notify_cancel():
+            task.future.set_exception(error)
+
+    def promote(self, task: Task) -> bool:
+        """Let a waiting job run; False where it was withdrawn or cancelled."""
+        with self.changed:
+            if task not in self.waiting:
+                return False
+            self.waiting.remove(task)
+            if not task.future.set_running_or_notify_cancel():
+                self.counts["cancelled"] += 1
+                return False
+            self.running.append(task)
+            return True
+
+    def remove(self, task: Task, outcome: str, sample_steps: int = 0) -> None:
+        """Count a running job out."""
+        with self.changed:
+            self.running.remove(task)
+            self.counts[outcome] += 1
+            self.counts["sample_steps"] += sample_steps
+
+
+def tell_cancelled(tasks: Sequence[Task]) -> None:
+    """Answer those whose jobs were cancelled while they waited; hold no lock, futures call back."""
+    for task in tasks:
+        # False where the future itself was cancelled, and its owner knows.
+        if task.future.set_running_or_notify_cancel():
+            task.future.set_exception(Cancelled("the job was cancelled while it waited"))

@@ -1,0 +1,216 @@
+"""The engine as its callers see it: jobs in, futures out, promises that can be kept."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from concurrent.futures import Future
+from types import TracebackType
+
+from realfill.base import Base
+from realfill.errors import RealFillError
+from service.engine.board import Board, tell_cancelled
+from service.engine.cost import CostModel
+from service.engine.job import Job, Sampled
+from service.engine.lane import RUNNING_BATCHES, Lane
+from service.engine.metrics import EngineMetrics
+from service.engine.runner import Application, Attention, Runner
+from service.engine.task import Task
+from service.errors import DeadlineExceeded, EngineClosed, QueueFull
+
+# Promised before anything was measured, and the least that is ever promised.
+FIRST_RETRY_S = 1.0
+SHORTEST_RETRY_S = 0.05
+
+
+class Engine:
+    """Runs many jobs at once on one device, step by step; safe to call from any thread.
+
+    Every step is one batch of samples from whichever jobs are there, each with its own adapter and
+    at its own step, so that a new job is in the very next batch.
+
+    Args:
+        base: Becomes the engine's own until it is closed, which leaves it as it was.
+        attention, application, arena_bytes, split_from, max_samples: As for ``Runner``.
+        max_queue: Most jobs that wait to run.
+        max_running: Most jobs that share the lane; None for as many as four batches hold.
+    """
+
+    def __init__(
+        self,
+        base: Base,
+        *,
+        attention: Attention = "auto",
+        application: Application = "auto",
+        arena_bytes: int | None = None,
+        split_from: int | None = None,
+        max_samples: int = 16,
+        max_queue: int = 16,
+        max_running: int | None = None,
+    ) -> None:
+        if max_queue < 1:
+            raise ValueError(f"max_queue is {max_queue}; use 1 or more")
+        self.runner = Runner(
+            base,
+            attention=attention,
+            application=application,
+            arena_bytes=arena_bytes,
+            split_from=split_from,
+            max_samples=max_samples,
+        )
+        self.cost = CostModel()
+        self._max_queue = max_queue
+        self._board = Board()
+        most = RUNNING_BATCHES * max_samples
+        self._lane = Lane(self.runner, self._board, self.cost, max_running or most)
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> Engine:
+        """Start the lane.
+
+        Raises:
+            EngineClosed: It was started before.
+        """
+        with self._board.changed:
+            if self._thread is not None:
+                raise EngineClosed("the engine was started before; make a new one")
+            self._board.open = True
+            self._thread = threading.Thread(target=self._lane.drive, name="lane", daemon=True)
+            self._thread.start()
+        return self
+
+    def close(self, *, drain: bool = True) -> None:
+        """Take no more jobs, end those that there are, and stop the lane.
+
+        Args:
+            drain: Finish the jobs; otherwise cancel them, which takes at most one step.
+        """
+        board = self._board
+        with board.changed:
+            board.open = False
+            if not drain:
+                for task in [*board.waiting, *board.running]:
+                    task.job.cancel.set()
+            board.changed.notify_all()
+            thread = self._thread
+        if thread is not None:
+            thread.join()
+
+    def __enter__(self) -> Engine:
+        return self.start()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close(drain=error is None)
+
+    def submit(self, job: Job) -> Future[Sampled]:
+        """Hand a job in; its adapter is made ready here, in the caller's thread, if there is room.
+
+        Returns:
+            A future of its samples. It raises Cancelled where the job's flag was set,
+            DeadlineExceeded where the deadline came before one sample was finished, and whatever
+            went wrong otherwise; the lane goes on.
+
+        Raises:
+            QueueFull: No room, or not enough time for the deadline; ``retry_after_s`` says when.
+            DeadlineExceeded: The job could not meet its deadline on an idle lane either.
+            EngineClosed: Not started, or closed.
+            ValueError: The job does not fit the base.
+        """
+        self.runner.check(job)
+        board = self._board
+        task = Task(job, Future(), time.perf_counter())
+        with board.changed:
+            if not board.open:
+                raise EngineClosed("the engine is not running; start it, or ask another replica")
+            dropped = board.drop_cancelled()
+            refusal = self._refusal(job)
+            if refusal is None:
+                task.promised_s = self._promise(job)
+                board.waiting.append(task)
+            else:
+                board.counts["refused"] += 1
+        tell_cancelled(dropped)
+        if refusal is not None:
+            raise refusal
+        try:
+            if job.digest is not None and job.adapter is not None:
+                self.runner.weights.bring(job.digest, job.adapter)
+        except RealFillError as error:
+            board.withdraw(task, error)
+        board.notify()
+        return task.future
+
+    def forget(self, digest: str) -> None:
+        """Keep nothing of an adapter on the device, unless jobs need it: then it goes after them.
+
+        A job that is submitted with it brings it back.
+        """
+        self.runner.weights.forget(digest)
+        self._board.notify()
+
+    @property
+    def pending(self) -> int:
+        """Jobs that wait or run."""
+        return len(self._board)
+
+    def backlog_s(self) -> float | None:
+        """Expected seconds until all that was submitted is done, None before the calibration."""
+        return self.cost.seconds_for(self._board.sample_steps_left(), self._board.samples())
+
+    def metrics(self) -> EngineMetrics:
+        """What was done and what is before the lane."""
+        board = self._board
+        with board.changed:
+            return EngineMetrics(
+                waiting=len(board.waiting),
+                running=len(board.running),
+                pending_sample_steps=board.sample_steps_left(),
+                sample_steps_per_s=self.cost.per_s,
+                cost_drift=self.cost.drift,
+                swaps=self.runner.weights.writes,
+                tiers=dict(self.runner.weights.tiers()),
+                **board.counts,
+            )
+
+    def _promise(self, job: Job) -> float | None:
+        """Expected seconds until a job submitted now is done."""
+        backlog, alone = self.backlog_s(), self._alone_s(job, len(job.seeds))
+        return None if backlog is None or alone is None else backlog + alone
+
+    def _alone_s(self, job: Job, samples: int) -> float | None:
+        return self.cost.alone_s(samples, job.steps, self.runner.max_samples)
+
+    def _refusal(self, job: Job) -> Exception | None:
+        """Why a job cannot be promised."""
+        board, backlog = self._board, self.backlog_s()
+        if len(board.waiting) >= self._max_queue:
+            retry = FIRST_RETRY_S if backlog is None else backlog / len(board)
+            retry = max(retry, SHORTEST_RETRY_S)
+            return QueueFull(
+                f"{len(board.waiting)} jobs wait already; try again in {math.ceil(retry)} s",
+                retry_after_s=retry,
+            )
+        alone, least = self._alone_s(job, len(job.seeds)), self._alone_s(job, 1)
+        if job.deadline is None or backlog is None or alone is None or least is None:
+            return None
+        left = job.deadline - time.monotonic()
+        if least > left:
+            return DeadlineExceeded(
+                f"One candidate takes about {least:.2g} s and the deadline is in "
+                f"{max(left, 0):.2g} s: ask for fewer steps, or allow more time."
+            )
+        # Where an idle lane could not finish all of it either, waiting would not help.
+        if backlog + min(alone, left) <= left:
+            return None
+        retry = max(backlog + min(alone, left) - left, SHORTEST_RETRY_S)
+        return QueueFull(
+            f"the lane has {backlog:.2g} s of work before this job, whose deadline is in "
+            f"{left:.2g} s; try again in {math.ceil(retry)} s",
+            retry_after_s=retry,
+        )

@@ -1,0 +1,302 @@
+"""Low-rank terms per sample beside the base's weights: many scenes in one batch, little memory.
+
+The way of a GPU. A batch of one scene runs on merged weights, which cost nothing per step and stay
+at their addresses; a batch of several runs on the base's own weights, and every target layer adds
+each sample's term from the slot that its adapter has in the arena.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from kernels.segmented_lora import segmented_conv_lora_, segmented_lora_
+from realfill.capsule import Adapter
+from service.engine.arena import Tier, TierMetrics
+from service.engine.layers import Installed, install_exact, is_exact
+from service.engine.staging import StagedAdapter, as_matrix, stage
+from service.engine.swap import Swapper
+from service.engine.weights import Part, SpoiltWeights, divided
+
+logger = logging.getLogger(__name__)
+
+# Ranks are padded to a multiple of what one matrix instruction takes, and no further.
+RANK_STEP = 16
+
+
+def padded(rank: int) -> int:
+    """The rank of the class that an adapter belongs to."""
+    return -(-rank // RANK_STEP) * RANK_STEP
+
+
+class RankClass:
+    """One device buffer with a slot of fixed size for each adapter of up to one rank.
+
+    Attributes:
+        rank: Of the class, a multiple of 16; smaller adapters are padded with zeros.
+        scales: alpha / rank of the adapter in each slot. [L], float32
+    """
+
+    def __init__(
+        self, modules: Mapping[str, nn.Linear | nn.Conv2d], rank: int, budget_bytes: int
+    ) -> None:
+        self.rank = rank
+        weight = next(iter(modules.values())).weight
+        self._shapes: dict[str, tuple[int, int]] = {}
+        self._offsets: dict[str, int] = {}
+        size = 0
+        for path, module in modules.items():
+            rows, columns = as_matrix(module.weight).shape
+            self._shapes[path], self._offsets[path] = (rows, columns), size
+            size += rank * (rows + columns)
+        self._dtype = torch.float16 if weight.is_cuda else torch.float32
+        self.slot_bytes = size * self._dtype.itemsize
+        count = max(1, budget_bytes // self.slot_bytes)
+        self._buffer = torch.zeros(count, size, dtype=self._dtype, device=weight.device)
+        self.scales = torch.zeros(count, device=weight.device)
+        self._free = list(range(count))[::-1]
+        self.tier: Tier[Slot] = Tier(count * self.slot_bytes, on_evict=self._vacate)
+
+    def put(self, staged: StagedAdapter) -> Slot:
+        """Copy an adapter into a free slot; zeros where it has no factors."""
+        row = self._free.pop()
+        for path, (lora_A, lora_B) in staged.factors.items():
+            to_A, to_B = self.factors(path)
+            to_A[row, : len(lora_A)].copy_(lora_A)
+            to_B[row, :, : len(lora_A)].copy_(lora_B)
+        self.scales[row] = staged.scale
+        factors = {path: tuple(f[row] for f in self.factors(path)) for path in staged.factors}
+        held = StagedAdapter(staged.digest, staged.scale, factors)  # type: ignore[arg-type]
+        return Slot(self, row, held)
+
+    def _vacate(self, slot: Slot) -> None:
+        """Leave nothing of an adapter in its slot."""
+        self._buffer[slot.row].zero_()
+        self._free.append(slot.row)
+
+    def factors(self, path: str) -> tuple[Tensor, Tensor]:
+        """lora_A and lora_B of a module in every slot. [L, R, in] and [L, out, R]"""
+        (rows, columns), start = self._shapes[path], self._offsets[path]
+        middle, end = start + self.rank * columns, start + self.rank * (rows + columns)
+        lora_A = self._buffer[:, start:middle].view(-1, self.rank, columns)
+        return lora_A, self._buffer[:, middle:end].view(-1, rows, self.rank)
+
+
+@dataclass(frozen=True, eq=False)
+class Slot:
+    """One adapter's place.
+
+    Attributes:
+        staged: Its factors, as views of the slot.
+    """
+
+    rank_class: RankClass
+    row: int
+    staged: StagedAdapter
+
+
+@dataclass
+class Slots:
+    """Which slot each sample of the batch uses; shared by all layers.
+
+    Attributes:
+        of: For each rank class in the batch, the slot of each sample, -1 for none. [N], int64
+    """
+
+    of: list[tuple[RankClass, Tensor]] = field(default_factory=list)
+
+
+@dataclass
+class LowRankLayer:
+    """A target layer that adds every sample's own low-rank term."""
+
+    path: str
+    module: nn.Linear | nn.Conv2d
+    plain: object
+    slots: Slots
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The layer's outcome. [N, ...]"""
+        out: Tensor = self.plain(x)  # type: ignore[operator]
+        for rank_class, rows in self.slots.of:
+            lora_A, lora_B = rank_class.factors(self.path)
+            if isinstance(self.module, nn.Conv2d):
+                segmented_conv_lora_(
+                    out, x, lora_A, lora_B, rows, rank_class.scales,
+                    kernel_size=_pair(self.module.kernel_size),
+                    stride=_pair(self.module.stride),
+                    padding=_pair(self.module.padding),
+                )  # fmt: skip
+                continue
+            # Layers of the timestep see one row per sample.
+            rows_of = (out, x) if x.dim() == 3 else (out[:, None], x[:, None])
+            segmented_lora_(rows_of[0], rows_of[1], lora_A, lora_B, rows, rank_class.scales)
+        return out
+
+
+class SegmentedWeights:
+    """Keeps adapters in an arena on the device, merged or beside the weights as a batch asks.
+
+    Args:
+        unet: The resident model.
+        targets: Names of the modules that adapters may change, as path ends.
+        budget_bytes: For the arena. The first rank class takes half of it, the next half of what
+            is left: adapters of one preset all share one class.
+        split_from: Parts of so many samples run on merged weights, in a call of their own.
+    """
+
+    name = "segmented"
+
+    def __init__(
+        self,
+        unet: nn.Module,
+        targets: Iterable[str],
+        *,
+        budget_bytes: int,
+        split_from: int | None = None,
+    ) -> None:
+        self._swapper = Swapper(unet, targets)
+        self._modules = self._swapper.modules
+        self._left_bytes = budget_bytes
+        self._split_from = split_from
+        self._classes: dict[int, RankClass] = {}
+        self._class_of: dict[str, RankClass] = {}
+        self._to_forget: set[str] = set()
+        self._slots = Slots()
+        self._current: tuple[Part, ...] = ()
+        self._installed = self._install(unet)
+        self.writes = 0
+
+    def _install(self, unet: nn.Module) -> Installed:
+        weight = next(iter(self._modules.values())).weight
+        exact = is_exact(weight.device, weight.dtype)
+        installed = install_exact(unet) if exact else Installed()
+        for path, module in self._modules.items():
+            installed.install(module, LowRankLayer(path, module, module.forward, self._slots))
+        return installed
+
+    @property
+    def module_paths(self) -> tuple[str, ...]:
+        """Paths of the modules that adapters may change."""
+        return self._swapper.module_paths
+
+    def take(self, digest: str, adapter: Adapter) -> bool:
+        """Copy an adapter into the arena, or find it there, and pin it; see ``Weights``."""
+        return self._take(digest, adapter, pin=True)
+
+    def bring(self, digest: str, adapter: Adapter) -> None:
+        """Copy an adapter into the arena for later; see ``Weights``."""
+        self._take(digest, adapter, pin=False)
+
+    def give_back(self, digest: str) -> None:
+        """Unpin an adapter."""
+        self._class_of[digest].tier.give_back(digest)
+        if digest in self._to_forget:
+            self.forget(digest)
+
+    def forget(self, digest: str) -> None:
+        """Drop an adapter from the arena, at once or when the last job gives it back."""
+        here = self._class_of.get(digest)
+        if here is None or here.tier.drop(digest):
+            self._to_forget.discard(digest)
+        else:
+            self._to_forget.add(digest)
+
+    def settle(self) -> None:
+        """Write the base where the weights still hold an adapter that left the arena."""
+        merged = self._swapper.digest
+        if merged is not None and merged not in self._arena():
+            self._swapper.hold(None)
+            self._current = ()
+
+    def traces(self) -> set[str]:
+        """Digests in the arena, and of what is merged."""
+        merged = self._swapper.digest
+        return self._arena() | ({merged} if merged is not None else set())
+
+    def _arena(self) -> set[str]:
+        return {digest for kind in self._classes.values() for digest in kind.tier.digests()}
+
+    def batches(self, parts: Sequence[Part]) -> list[list[int]]:
+        """One call for all parts, but those that are large enough for a call of their own."""
+        return divided(parts, self._split_from)
+
+    def apply(self, parts: Sequence[Part]) -> None:
+        """Merge the one adapter of a batch, or name every sample's slot; see ``Weights``."""
+        slots = [None if part.digest is None else self._held(part.digest) for part in parts]
+        alone = len(parts) == 1
+        merged = slots[0].staged if alone and slots[0] is not None else None
+        if not self._swapper.is_sound():
+            self._swapper.commit(merged)
+            raise SpoiltWeights(
+                "weights of the U-Net were written from elsewhere; what they drew was dropped, "
+                "send the request again"
+            )
+        if tuple(parts) != self._current:
+            self._swapper.hold(merged)
+            self._slots.of = [] if alone else _slots_of(parts, slots)
+            self._current = tuple(parts)
+            self.writes += 1
+
+    def tiers(self) -> Mapping[str, TierMetrics]:
+        """The arena, under "device", all rank classes together."""
+        metrics = [rank_class.tier.metrics() for rank_class in self._classes.values()]
+        names = TierMetrics.__dataclass_fields__
+        return {"device": TierMetrics(**{n: sum(getattr(m, n) for m in metrics) for n in names})}
+
+    def release(self) -> None:
+        """Leave the base's weights and layers as they were."""
+        self._slots.of = []
+        self._current = ()
+        self._installed.release()
+        self._swapper.hold(None)
+        self._classes.clear()
+        self._class_of.clear()
+
+    def _take(self, digest: str, adapter: Adapter, *, pin: bool) -> bool:
+        here = self._class_of.get(digest)
+        if here is None:
+            here = self._class_for(stage(self._modules, digest, adapter).rank)
+            self._class_of[digest] = here
+        kept = here
+
+        def make() -> Slot:
+            return kept.put(stage(self._modules, digest, adapter))
+
+        return kept.tier.take(digest, kept.slot_bytes, make, pin=pin) is not None
+
+    def _class_for(self, rank: int) -> RankClass:
+        wide = padded(rank)
+        if wide not in self._classes:
+            self._left_bytes //= 2
+            self._classes[wide] = RankClass(self._modules, wide, self._left_bytes)
+        return self._classes[wide]
+
+    def _held(self, digest: str) -> Slot:
+        try:
+            return self._class_of[digest].tier[digest]
+        except KeyError as error:
+            raise RuntimeError(f"adapter {digest} is not ready; take it before its use") from error
+
+
+def _slots_of(
+    parts: Sequence[Part], slots: Sequence[Slot | None]
+) -> list[tuple[RankClass, Tensor]]:
+    """For each rank class in a batch, the slot of every sample."""
+    found = []
+    for rank_class in {id(s.rank_class): s.rank_class for s in slots if s is not None}.values():
+        rows: list[int] = []
+        for part, slot in zip(parts, slots, strict=True):
+            mine = slot is not None and slot.rank_class is rank_class
+            rows += [slot.row if mine and slot is not None else -1] * part.count
+        found.append((rank_class, torch.tensor(rows, device=rank_class.scales.device)))
+    return found
+
+
+def _pair(sides: object) -> tuple[int, int]:
+    assert isinstance(sides, tuple)
+    return (int(sides[0]), int(sides[1]))

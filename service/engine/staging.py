@@ -1,0 +1,116 @@
+"""Read one scene's adapter for a U-Net: validated, on its device, in the order of its weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from kernels.merge_lora import MAX_RANK
+from realfill.capsule import Adapter
+from realfill.errors import AdapterMismatch, InvalidCapsule
+
+
+@dataclass(frozen=True, eq=False)
+class StagedAdapter:
+    """An adapter that fits the U-Net, validated and on its device.
+
+    Attributes:
+        digest: Of the capsule.
+        scale: alpha / rank.
+        factors: lora_A [R, in] and lora_B [out, R] by module path.
+    """
+
+    digest: str
+    scale: float
+    factors: dict[str, tuple[Tensor, Tensor]]
+
+    @property
+    def rank(self) -> int:
+        """The largest of its modules' ranks."""
+        return max(len(lora_A) for lora_A, _ in self.factors.values())
+
+
+def stage(
+    modules: Mapping[str, nn.Linear | nn.Conv2d], digest: str, adapter: Adapter
+) -> StagedAdapter:
+    """Validate an adapter and bring it to the modules' device, in one copy; no weight is touched.
+
+    Args:
+        modules: What adapters may change, by path.
+        digest: Of the capsule.
+        adapter: Factors by path.
+
+    Raises:
+        AdapterMismatch: A path or a shape is not the U-Net's.
+        InvalidCapsule: A value is not finite, or too large for the weights' type.
+    """
+    ranks = _check_shapes(modules, digest, adapter)
+    tensors = [tensor.detach() for pair in adapter.factors.values() for tensor in pair]
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    weight = next(iter(modules.values())).weight
+    # CPUs calculate slowly in half precision, so there the factors are widened once, here.
+    flat = flat.to(weight.device) if weight.is_cuda else flat.float()
+    lowest, highest = torch.aminmax(flat)
+    # A single NaN makes both of them NaN.
+    largest = max(-float(lowest), float(highest))
+    if not math.isfinite(largest) or not math.isfinite(adapter.scale):
+        raise InvalidCapsule(
+            f"adapter {digest} holds NaN or infinity; train and publish the scene again"
+        )
+    bound = abs(adapter.scale) * max(ranks) * largest**2
+    if bound > torch.finfo(weight.dtype).max / 2:
+        raise InvalidCapsule(
+            f"adapter {digest} may reach {bound:.3g}, too much for {weight.dtype}; "
+            "train with a lower learning rate, or serve the base in bfloat16"
+        )
+    parts = iter(flat.split([tensor.numel() for tensor in tensors]))
+    factors = {
+        path: (next(parts).view(a.shape), next(parts).view(b.shape))
+        for path, (a, b) in adapter.factors.items()
+    }
+    return StagedAdapter(digest, float(adapter.scale), factors)
+
+
+def as_matrix(weight: Tensor) -> Tensor:
+    """A weight's memory as a matrix, columns in the order they lie in. [out, in]"""
+    if weight.dim() == 2 or weight.is_contiguous():
+        return weight.flatten(1)
+    # Channels last: rows, columns, then channels of the kernel.
+    return weight.permute(0, 2, 3, 1).view(len(weight), -1)
+
+
+def as_laid_out(weight: Tensor, lora_A: Tensor) -> Tensor:
+    """lora_A with its columns in the order that a weight has in memory. [R, in]"""
+    if weight.dim() == 2 or weight.is_contiguous():
+        return lora_A
+    return lora_A.view(-1, *weight.shape[1:]).permute(0, 2, 3, 1).flatten(1)
+
+
+def _check_shapes(
+    modules: Mapping[str, nn.Linear | nn.Conv2d], digest: str, adapter: Adapter
+) -> set[int]:
+    """Ranks of the adapter's modules, all of which the U-Net has in the same shape."""
+    ranks = set()
+    for path, (lora_A, lora_B) in adapter.factors.items():
+        if path not in modules:
+            raise AdapterMismatch(
+                f"adapter {digest} changes {path!r}, which is no target module of this base; "
+                "train it for this base"
+            )
+        rows, columns = as_matrix(modules[path].weight).shape
+        rank = lora_A.shape[0]
+        fits = lora_A.shape == (rank, columns) and lora_B.shape == (rows, rank)
+        if not fits or not 1 <= rank <= MAX_RANK:
+            raise AdapterMismatch(
+                f"adapter {digest} has lora_A {tuple(lora_A.shape)} and lora_B "
+                f"{tuple(lora_B.shape)} for {path!r} of shape {(rows, columns)}; "
+                f"train it for this base with a rank of at most {MAX_RANK}"
+            )
+        ranks.add(rank)
+    if not ranks:
+        raise AdapterMismatch(f"adapter {digest} changes nothing; train the scene again")
+    return ranks

@@ -1,0 +1,104 @@
+"""Places of a batch go to urgent jobs, then to tenants and their scenes in fair shares."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from service.engine.batcher import Batcher, Ready
+
+
+def of(key: str, count: int, scene: str | None = None, tenant: str = "") -> Ready:
+    """Ready samples of a job without deadline, by default of a scene of its own."""
+    return Ready(key, tenant, scene or key, count)
+
+
+def test_a_lone_job_gets_every_place_that_it_can_use() -> None:
+    """Its own count, or the batch."""
+    assert Batcher(16).choose([of("a", 4)]) == {"a": 4}
+    assert Batcher(16).choose([of("a", 20)]) == {"a": 16}
+    assert Batcher(16).choose([]) == {}
+
+
+def test_a_new_scene_is_in_the_very_next_batch() -> None:
+    """However long others have had all places, and however many they are."""
+    batcher = Batcher(4)
+    crowd = [of(f"old{k}", 4) for k in range(9)]
+    for _ in range(7):
+        batcher.choose(crowd)
+    assert batcher.choose([*crowd, of("new", 2)])["new"] >= 1
+
+
+def test_scenes_share_the_places_evenly_over_time() -> None:
+    """Three scenes on sixteen places: 5 1/3 each on average, never further than one place off."""
+    batcher = Batcher(16)
+    total: Counter[object] = Counter()
+    for _ in range(30):
+        chosen = batcher.choose([of("a", 16), of("b", 16), of("c", 16)])
+        assert sum(chosen.values()) == 16
+        assert all(count in (5, 6) for count in chosen.values())
+        total.update(chosen)
+    assert set(total.values()) == {160}
+
+
+def test_more_scenes_than_places_take_turns() -> None:
+    """Ten scenes on four places: in ten batches each has had four."""
+    batcher = Batcher(4)
+    total: Counter[object] = Counter()
+    for _ in range(20):
+        total.update(batcher.choose([of(f"scene{k}", 8) for k in range(10)]))
+    assert max(total.values()) - min(total.values()) <= 1
+    assert sum(total.values()) == 80
+
+
+def test_a_tenant_with_many_scenes_gets_no_more_than_one_with_few() -> None:
+    """Half for the tenant with one scene, half for the three scenes of the other."""
+    batcher = Batcher(12)
+    jobs = [of(f"a{k}", 12, tenant="a") for k in range(3)] + [of("b", 12, tenant="b")]
+    assert batcher.choose(jobs) == {"a0": 2, "a1": 2, "a2": 2, "b": 6}
+
+
+def test_places_that_a_scene_cannot_use_go_to_the_others() -> None:
+    """Nothing is left empty, and who used less is owed nothing for ever."""
+    batcher = Batcher(16)
+    assert batcher.choose([of("small", 1), of("large", 40)]) == {"small": 1, "large": 15}
+
+
+def test_jobs_of_one_scene_end_one_after_the_other() -> None:
+    """The one that came first goes first."""
+    chosen = Batcher(4).choose([of("first", 3, "tower"), of("second", 3, "tower")])
+    assert chosen == {"first": 3, "second": 1}
+
+
+def test_urgent_deadlines_come_first_the_earliest_before_the_others() -> None:
+    """A job whose slack is less than what it needs takes its places before anybody's share."""
+    later = Ready("later", "", "l", 3, slack_s=0.4, needs_s=0.5)
+    sooner = Ready("sooner", "", "s", 3, slack_s=-0.1, needs_s=0.5)
+    relaxed = Ready("relaxed", "", "r", 4, slack_s=9.0, needs_s=0.5)
+    assert Batcher(4).choose([relaxed, later, sooner]) == {"sooner": 3, "later": 1}
+    chosen = Batcher(8).choose([relaxed, later, sooner])
+    assert chosen == {"sooner": 3, "later": 3, "relaxed": 2}
+
+
+@given(
+    places=st.integers(1, 20),
+    batches=st.lists(
+        st.lists(
+            st.tuples(st.sampled_from("xyz"), st.sampled_from("abcdef"), st.integers(1, 9)),
+            max_size=9,
+        ),
+        max_size=12,
+    ),
+)
+def test_no_place_is_given_twice_or_left_empty(
+    places: int, batches: list[list[tuple[str, str, int]]]
+) -> None:
+    """Whatever comes and goes: as many samples as are ready or fit, and no job more than it has."""
+    batcher = Batcher(places)
+    for batch in batches:
+        jobs = [Ready(k, tenant, scene, count) for k, (tenant, scene, count) in enumerate(batch)]
+        chosen = batcher.choose(jobs)
+        assert sum(chosen.values()) == min(places, sum(job.count for job in jobs))
+        assert all(0 < chosen[key] <= jobs[int(str(key))].count for key in chosen)
