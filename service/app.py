@@ -76,8 +76,12 @@ def build_road(settings: Settings) -> Road:
     engine = Engine(
         base,
         attention=settings.attention,
+        application=settings.adapters,
+        arena_bytes=settings.arena_bytes,
+        split_from=settings.split_from,
         max_samples=settings.max_samples,
         max_queue=settings.max_queue,
+        max_running=settings.max_running,
     )
     keys = [Path(key) for key in settings.registry_keys.split(os.pathsep) if key]
     guard = Guard(Policy(settings.registry_verify), keys)
@@ -86,9 +90,10 @@ def build_road(settings: Settings) -> Road:
         registry,
         engine,
         matcher,
-        max_capsules=settings.max_capsules,
+        host_bytes=settings.host_bytes,
         guard=guard,
         lease_s=settings.lease_s,
+        patience_s=settings.registry_patience_s,
     )
 
 

@@ -96,14 +96,14 @@ class Completions:
 
     async def complete(self, scene: str, request: Request) -> Response:
         """Complete an image: the best candidate as an image, or all of them as JSON."""
-        started = time.perf_counter()
+        started, arrived = time.perf_counter(), time.monotonic()
         limit_s = self.settings.request_timeout_s
         try:
             form = await asyncio.wait_for(read_form(request), limit_s)
         except TimeoutError as error:
             raise self._too_slow() from error
         try:
-            ask = self._ask(scene, request, fields_of(form), *files_of(form))
+            ask = self._ask(scene, request, arrived, fields_of(form), *files_of(form))
             self.gate.enter()
         except BaseException:
             await form.close()
@@ -118,6 +118,7 @@ class Completions:
         self,
         scene: str,
         request: Request,
+        arrived: float,
         fields: CompletionFields,
         image: UploadFile,
         mask: UploadFile,
@@ -139,6 +140,8 @@ class Completions:
             sampler=fields.sampler or self.settings.sampler or self.road.base.sampler,
             feather_px=self.settings.feather_px if feather_px is None else feather_px,
             seamless=self.settings.seamless if fields.seamless is None else fields.seamless,
+            deadline=None if fields.deadline_ms is None else arrived + fields.deadline_ms / 1000,
+            halving=self.settings.halving if fields.halving is None else fields.halving,
         )
         as_json, image_format = wanted_form(request.headers.get("accept"), fields.format)
         return Ask(scene, image, mask, plan, top, as_json, image_format)
@@ -182,7 +185,7 @@ class Completions:
         response = await self._in_thread(partial(write, ask, answer, record.request_id, started))
         stages = answer.timings_s
         self.gate.learn(stages["swap"] + stages["sample"] + stages["decode"])
-        self.metrics.count_completion(len(ask.plan.seeds), stages)
+        self.metrics.count_completion(len(answer.candidates), stages)
         record.fields.update(
             scene=answer.version.scene,
             version=answer.version.number,
@@ -221,6 +224,10 @@ class Completions:
             ),
             "Vary": "Accept",
         }
+        if answer.partial:
+            headers["X-RealFill-Partial"] = f"{len(answer.candidates)}/{len(ask.plan.seeds)}"
+        if answer.stale:
+            headers["X-RealFill-Stale"] = "true"
         if best.score is not None:
             headers["X-RealFill-Score"] = str(best.score)
         return Response(encoded, media_type=f"image/{ask.image_format}", headers=headers)
@@ -253,6 +260,9 @@ class Completions:
             base_fingerprint=answer.base_fingerprint,
             ranked=answer.ranked,
             margin=answer.margin,
+            partial=answer.partial,
+            asked=len(ask.plan.seeds),
+            stale=answer.stale,
             sampler=answer.plan.sampler,
             steps=answer.plan.steps,
             feather_px=answer.plan.feather_px,
@@ -261,7 +271,7 @@ class Completions:
             candidates=views,
             timings_ms=_milliseconds(answer.timings_s),
         )
-        headers = {"Vary": "Accept"}
+        headers = {"Vary": "Accept", "X-Adapter-Digest": answer.version.digest}
         return Response(view.model_dump_json(), media_type="application/json", headers=headers)
 
     def _encoded(self, answer: Answer, place: int, image_format: ImageFormat) -> bytes:

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Protocol, TypeVar
 
 import torch
@@ -24,10 +24,12 @@ from realfill.errors import InvalidCapsule
 from realfill.rank import Matcher, Ranking, ReferenceFeatures, prepare_references, rank_candidates
 from registry import Registry, Version
 from registry.signing import Guard
-from service.engine import Job, Sampled
+from service.capsules import Capsules, Loaded
+from service.engine import EngineMetrics, Halving, Job, Sampled
 from service.errors import Cancelled
 from service.images import to_bytes, to_pixels
 from service.leases import Leases
+from service.resolver import Resolver
 
 REFERENCES = "references."
 MIN_REFERENCE_PX = 8
@@ -60,6 +62,10 @@ class Lane(Protocol):
         """Keep nothing of an adapter on the device."""
         ...
 
+    def metrics(self) -> EngineMetrics | None:
+        """What was done and is before the lane; None where nothing is known."""
+        ...
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -68,6 +74,8 @@ class Plan:
     Attributes:
         feather_px: Width of the blend, in pixels of the image.
         seamless: Whether samples are shifted to meet the known pixels around the hole.
+        deadline: When to answer with what is finished, on ``time.monotonic``'s clock.
+        halving: Whether to give up the worse candidates half-way.
     """
 
     seeds: tuple[int, ...]
@@ -75,21 +83,16 @@ class Plan:
     sampler: str
     feather_px: int
     seamless: bool = True
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """A capsule in memory, with its references as the matcher sees them (None: nothing to rank)."""
-
-    capsule: Capsule
-    references: ReferenceFeatures | None
+    deadline: float | None = None
+    halving: bool = False
 
 
 @dataclass(frozen=True)
 class Pending:
-    """A completion on its way through the lane."""
+    """A completion on its way through the lane; stale where its alias may have moved."""
 
     version: Version
+    stale: bool
     loaded: Loaded
     plan: Plan
     image: Tensor
@@ -127,6 +130,8 @@ class Answer:
     Attributes:
         margin: Best score minus the median score.
         timings_s: Seconds per stage.
+        partial: Whether the deadline came before every seed was finished.
+        stale: Whether the registry did not answer, so that the alias may have moved.
     """
 
     version: Version
@@ -135,6 +140,8 @@ class Answer:
     candidates: tuple[Candidate, ...]
     margin: float | None
     timings_s: dict[str, float]
+    partial: bool
+    stale: bool
     _pending: Pending = field(repr=False)
     _samples: Tensor = field(repr=False)
 
@@ -164,19 +171,19 @@ class Road:
         engine: Lane,
         matcher: Matcher | None,
         *,
-        max_capsules: int = 64,
+        host_bytes: int = 2**30,
         guard: Guard | None = None,
         lease_s: float = 300.0,
+        patience_s: float = 2.0,
     ) -> None:
         self.base = base
         self.registry = registry
         self.engine = engine
         self.matcher = matcher
         self.leases = Leases(registry, self.let_go, lease_s=lease_s)
-        self._max_capsules = max_capsules
+        self.capsules = Capsules(self._load, self.leases, budget_bytes=host_bytes)
+        self.resolver = Resolver(registry, patience_s=patience_s)
         self._guard = guard or Guard()
-        self._capsules: OrderedDict[str, Loaded] = OrderedDict()
-        self._load_lock = threading.Lock()
         # Rankings compete with the lane for the device; one at a time bounds their memory.
         self._rank_lock = threading.Lock()
         self._open = False
@@ -189,8 +196,7 @@ class Road:
     @property
     def loaded(self) -> list[str]:
         """Digests of the capsules in memory, the least recently used first."""
-        with self._load_lock:
-            return list(self._capsules)
+        return self.capsules.digests
 
     def start(self) -> None:
         """Start the lane, and the renewal of claims on what is in memory."""
@@ -209,9 +215,7 @@ class Road:
 
         What is in the lane is finished first.
         """
-        with self._load_lock:
-            here = self._capsules.pop(digest, None) is not None
-            self.leases.give_up(digest)
+        here = self.capsules.drop(digest)
         self.engine.forget(digest)
         return here
 
@@ -249,8 +253,8 @@ class Road:
             raise Cancelled("Nobody waits for this completion any more.")
         timings: dict[str, float] = {}
         # From here on the digest is pinned: an alias that moves meanwhile moves the next request.
-        version = _timed(timings, "resolve", lambda: self.registry.resolve(reference))
-        loaded = _timed(timings, "capsule", lambda: self._load(version))
+        version, stale = _timed(timings, "resolve", lambda: self.resolver.resolve(reference))
+        loaded = _timed(timings, "capsule", lambda: self.capsules.get(version))
         size_px = self.base.size_px
         window = window_of(mask, size_px)
         job = Job(
@@ -262,11 +266,14 @@ class Road:
             seeds=plan.seeds,
             steps=plan.steps,
             sampler=plan.sampler,
+            deadline=plan.deadline,
             cancel=cancel,
-            on_step=None,
         )
+        if plan.halving and loaded.references is not None and self.matcher is not None:
+            judge = partial(self._judge, loaded.references, job)
+            job = replace(job, halving=Halving(judge))
         future = self.engine.submit(job)
-        return Pending(version, loaded, plan, image, mask, window, job, future, timings)
+        return Pending(version, stale, loaded, plan, image, mask, window, job, future, timings)
 
     def finish(self, pending: Pending, sampled: Sampled) -> Answer:
         """Everything after the lane: rank the samples on the window the model saw."""
@@ -284,9 +291,11 @@ class Road:
             version=pending.version,
             plan=pending.plan,
             base_fingerprint=self.base.fingerprint,
-            candidates=_candidates(pending.plan.seeds, ranking),
+            candidates=_candidates(sampled.seeds, ranking),
             margin=ranking.margin if ranking else None,
             timings_s=timings,
+            partial=sampled.partial,
+            stale=pending.stale,
             _pending=pending,
             _samples=samples,
         )
@@ -301,23 +310,19 @@ class Road:
         with self._rank_lock:
             return rank_candidates(self.matcher, candidates, job.mask, references)
 
+    def _judge(self, references: ReferenceFeatures, job: Job, previews: Tensor) -> Tensor:
+        """Scores of previews. [N, 3, S, S] -> [N]"""
+        assert self.matcher is not None
+        previews = composite(previews.float().cpu(), job.target, job.mask, feather_px=0)
+        with self._rank_lock:
+            return rank_candidates(self.matcher, previews, job.mask, references).scores.cpu()
+
     def _load(self, version: Version) -> Loaded:
-        """The capsule of a version, from memory or from the registry. Least recently used goes."""
-        with self._load_lock:
-            loaded = self._capsules.get(version.digest)
-            if loaded is None:
-                data = self.registry.fetch(f"sha256:{version.digest}")
-                self._guard.check(self.registry, version, data)
-                capsule = self.check(data)
-                loaded = Loaded(capsule, self._prepare(capsule))
-                self.leases.take(version.digest)
-                self._capsules[version.digest] = loaded
-                while len(self._capsules) > self._max_capsules:
-                    oldest, _ = self._capsules.popitem(last=False)
-                    self.leases.give_up(oldest)
-            self._capsules.move_to_end(version.digest)
-            self.leases.note(version.digest)
-            return loaded
+        """The capsule of a version, from the registry."""
+        data = self.registry.fetch(f"sha256:{version.digest}")
+        self._guard.check(self.registry, version, data)
+        capsule = self.check(data)
+        return Loaded(capsule, self._prepare(capsule))
 
     def check(self, encoded: bytes) -> Capsule:
         """Read a capsule and make sure that this service can serve it.

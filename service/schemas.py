@@ -36,6 +36,13 @@ class CompletionFields(BaseModel):
         bool | None, Field(description="Shift fills to meet the known pixels around them.")
     ] = None
     format: Annotated[ImageFormat | None, Field(description="Encoding of images.")] = None
+    deadline_ms: Annotated[
+        int | None,
+        Field(ge=1, description="Answer by then with the candidates that are finished."),
+    ] = None
+    halving: Annotated[
+        bool | None, Field(description="Give up the worse candidates half-way, to save time.")
+    ] = None
 
 
 class CandidateView(BaseModel):
@@ -59,6 +66,9 @@ class CompletionView(BaseModel):
     base_fingerprint: str
     ranked: bool = Field(description="False where the capsule carries no references to rank by.")
     margin: float | None = Field(description="Best score minus the median score.")
+    partial: bool = Field(description="Whether the deadline came before all were finished.")
+    asked: int = Field(description="Candidates that were asked for.")
+    stale: bool = Field(description="Whether the registry was away, so the alias may have moved.")
     sampler: str
     steps: int
     feather_px: int

@@ -36,7 +36,11 @@ class Settings(BaseSettings):
     base: str = Field("nano", description="nano, sd2, sd2-random, a folder or a hub id.")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    attention: Literal["auto", "sdpa", "xformers"] = "auto"
+    attention: Literal["auto", "xformers", "sdpa", "cudnn"] = "auto"
+    adapters: Literal["auto", "fused", "segmented"] = Field(
+        "auto",
+        description="Whole weights per scene (fused, CPU) or low-rank terms (segmented, GPU).",
+    )
     matcher: str = Field("nano", description="nano, outdoor, a weights file, or none.")
 
     host: str = Field("127.0.0.1", description="Address to listen on.")
@@ -47,7 +51,19 @@ class Settings(BaseSettings):
     max_pixels: Count = 25_000_000
     max_samples: Count = Field(16, description="Candidates of one request, and of one batch.")
     max_queue: Count = Field(16, description="Requests that may wait for the lane.")
-    max_capsules: Count = Field(64, description="Capsules kept in memory.")
+    max_running: int | None = Field(
+        None, ge=1, description="Requests that share the batches; else four batches of samples."
+    )
+    split_from: int | None = Field(
+        None, ge=1, description="Samples of one scene from which they run in a call of their own."
+    )
+    arena_bytes: int | None = Field(
+        None, ge=1, description="Adapters ready on the device; else 1 GiB on a CPU, 4 on a GPU."
+    )
+    host_bytes: Count = Field(2**30, description="Capsules kept in memory.")
+    registry_patience_s: Seconds = Field(
+        2.0, description="After so long what a scene meant last is served."
+    )
     request_timeout_s: Seconds = 60.0
     lease_s: float = Field(
         300.0, ge=10, description="Claims on capsules in memory expire so long after a renewal."
@@ -62,6 +78,7 @@ class Settings(BaseSettings):
     )
     feather_px: int = Field(8, ge=0, le=256, description="Default of the request field.")
     seamless: bool = Field(True, description="Default of the request field.")
+    halving: bool = Field(False, description="Default of the request field.")
 
     @field_validator("host")
     @classmethod

@@ -64,13 +64,18 @@ class GreyEngine:
         """Nothing to take out."""
         self.forgotten.append(digest)
 
+    def metrics(self) -> None:
+        """Nothing to tell."""
+
     def submit(self, job: Job) -> Future[Sampled]:
         """Done before it returns."""
         self.jobs.append(job)
         levels = torch.tensor([seed * 25 / 255 for seed in job.seeds])
         samples = levels[:, None, None, None].expand(-1, *job.target.shape).clone()
         done: Future[Sampled] = Future()
-        done.set_result(Sampled(samples, job.digest, swap_s=0.001, sample_s=0.002, decode_s=0.003))
+        done.set_result(
+            Sampled(samples, job.seeds, job.digest, swap_s=0.001, sample_s=0.002, decode_s=0.003)
+        )
         return done
 
 
@@ -124,7 +129,7 @@ def road_of(
     folder: Path,
     engine: Lane | None = None,
     matcher: Matcher | None = None,
-    max_capsules: int = 4,
+    host_bytes: int = 2**30,
     lease_s: float = 300.0,
 ) -> Road:
     """A road over a real registry in a folder, by default with a fake engine and matcher."""
@@ -133,7 +138,7 @@ def road_of(
         Registry.open(folder / "registry"),
         engine or GreyEngine(),
         matcher or LightMatcher(),
-        max_capsules=max_capsules,
+        host_bytes=host_bytes,
         lease_s=lease_s,
     )
 

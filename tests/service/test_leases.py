@@ -53,14 +53,14 @@ class SlyRegistry(Registry):
 class Shop:
     """A road over a registry in a folder, the registry's clock, and a stranger's view of both."""
 
-    def __init__(self, base: Base, folder: Path, max_capsules: int = 4) -> None:
+    def __init__(self, base: Base, folder: Path, host_bytes: int = 2**30) -> None:
         self.folder = folder
         self.clock = Clock()
         Registry.open(folder).close()
         database = Database(f"sqlite:///{folder / DATABASE_FILE}")
         self.registry = SlyRegistry(database, open_directory(folder), clock=self.clock)
         self.engine = GreyEngine()
-        self.road = Road(base, self.registry, self.engine, None, max_capsules=max_capsules)
+        self.road = Road(base, self.registry, self.engine, None, host_bytes=host_bytes)
 
     def complete(self, reference: str) -> int:
         """The number of the version that a completion was made with."""
@@ -144,7 +144,7 @@ def test_a_served_version_is_not_retired_by_others(shop: Shop) -> None:
 
 def test_an_evicted_capsule_is_given_up(base: Base, capsules: list[bytes], tmp_path: Path) -> None:
     """Memory holds one capsule, and so does the claim."""
-    shop = Shop(base, tmp_path / "registry", max_capsules=1)
+    shop = Shop(base, tmp_path / "registry", host_bytes=1)
     digests = [shop.registry.publish(capsule).digest for capsule in capsules]
     for number, digest in enumerate(digests, 1):
         assert shop.complete(f"tower@{number}") == number
@@ -250,7 +250,7 @@ def test_a_registry_that_is_only_read_is_served_from(
     """Without claims, and with one warning however much is loaded, renewed or evicted."""
     address = f"sqlite:///file:{shop.folder / DATABASE_FILE}?mode=ro&uri=true"
     reader = Registry.open(shop.folder, database=address)
-    shop.road = Road(base, reader, GreyEngine(), None, max_capsules=1)
+    shop.road = Road(base, reader, GreyEngine(), None, host_bytes=1)
     assert [shop.complete(f"tower@{number}") for number in (1, 2, 1)] == [1, 2, 1]
     shop.road.leases.renew()
     shop.road.close()

@@ -164,7 +164,7 @@ def test_capsules_are_read_once_and_the_oldest_goes(
     base: Base, image: Tensor, mask: Tensor, tmp_path: Path
 ) -> None:
     """Memory holds so many capsules; one that is in it needs no store."""
-    road = road_of(base, tmp_path, max_capsules=1)
+    road = road_of(base, tmp_path, host_bytes=1)
     for seed, scene in enumerate(("tower", "bridge")):
         road.registry.publish(tiny_capsule(base, scene, seed))
     road.complete("bridge", image, mask, PLAN)
