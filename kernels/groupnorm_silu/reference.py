@@ -1,0 +1,29 @@
+"""Definition of groupnorm_silu in torch, and what computes it on the CPU."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def groupnorm_silu_reference(
+    x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool
+) -> Tensor:
+    """silu(group_norm(x)) in float32 or wider, rounded once.
+
+    Args:
+        x, groups, weight, bias, eps, silu: As in `kernels.groupnorm_silu.groupnorm_silu`.
+    """
+    inner = torch.promote_types(x.dtype, torch.float32)
+    y = F.group_norm(x.to(inner), groups, weight.to(inner), bias.to(inner), eps)
+    if silu:
+        F.silu(y, inplace=True)
+    return y.to(x.dtype, memory_format=format_of(x))
+
+
+def format_of(x: Tensor) -> torch.memory_format:
+    """The memory format that the outcome for x has."""
+    if x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
+        return torch.channels_last
+    return torch.contiguous_format
