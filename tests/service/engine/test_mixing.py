@@ -55,6 +55,11 @@ def begun(runner: Runner, job: Job) -> list[Sample]:
     return runner.begin(job)
 
 
+def runner_of(base: Base, application: Application, **settings: Any) -> Runner:
+    """A runner that draws scenes in one call, however many samples they have."""
+    return Runner(base, application=application, split_from=99, **settings)
+
+
 def drawn(runner: Runner, jobs: list[Job]) -> list[Tensor]:
     """Latents of several jobs that are stepped together. [3, C, h, w] each"""
     samples = [begun(runner, job) for job in jobs]
@@ -66,7 +71,7 @@ def drawn(runner: Runner, jobs: list[Job]) -> list[Tensor]:
 @pytest.mark.parametrize("application", WAYS)
 def test_scenes_in_one_batch_are_drawn_as_if_alone(base: Base, application: Application) -> None:
     """Three scenes and the bare base together; fused to the bit, segmented within rounding."""
-    runner = Runner(base, application=application)
+    runner = runner_of(base, application)
     jobs = [job_for(base, digest, k) for k, digest in enumerate(("a", "b", None, "c"))]
     alone = [drawn(runner, [job])[0] for job in jobs]
     together = drawn(runner, jobs)
@@ -82,7 +87,7 @@ def test_scenes_in_one_batch_are_drawn_as_if_alone(base: Base, application: Appl
 @pytest.mark.parametrize("application", WAYS)
 def test_a_sample_does_not_depend_on_its_neighbours(base: Base, application: Application) -> None:
     """In a batch of equal size, other scenes beside it change none of its bits."""
-    runner = Runner(base, application=application)
+    runner = runner_of(base, application)
     job = job_for(base, "a", 1)
     first = drawn(runner, [job, job_for(base, "b", 2), job_for(base, "c", 3)])[0]
     second = drawn(runner, [job, job_for(base, "d", 4), job_for(base, "b", 2)])[0]
@@ -94,7 +99,7 @@ def test_a_sample_does_not_depend_on_its_neighbours(base: Base, application: App
 @pytest.mark.parametrize("application", WAYS)
 def test_samples_join_and_leave_between_steps(base: Base, application: Application) -> None:
     """Each at its own step, sampler and scene: joining late or losing company changes nothing."""
-    runner = Runner(base, application=application)
+    runner = runner_of(base, application)
     early = job_for(base, "a", 1)
     late = job_for(base, "b", 2, steps=6, sampler="ddpm")
     expected = {}
@@ -117,7 +122,7 @@ def test_samples_join_and_leave_between_steps(base: Base, application: Applicati
 @pytest.mark.parametrize("application", WAYS)
 def test_a_thousand_swaps_drift_by_no_bit(base: Base, application: Application) -> None:
     """After a thousand changes of composition the first prediction comes out again."""
-    runner = Runner(base, application=application)
+    runner = runner_of(base, application)
     for digest, seed in (("a", 1), ("b", 2)):
         assert runner.weights.take(digest, tiny_adapter(base, seed))
     first = drawn(runner, [job_for(base, "a", 1)])[0]
@@ -131,7 +136,7 @@ def test_a_thousand_swaps_drift_by_no_bit(base: Base, application: Application) 
 @pytest.mark.parametrize("application", WAYS)
 def test_a_poisoned_adapter_reaches_nobody(base: Base, application: Application) -> None:
     """NaN and foreign modules are refused, and the scene beside them is drawn as before."""
-    runner = Runner(base, application=application)
+    runner = runner_of(base, application)
     before = drawn(runner, [job_for(base, "a", 1)])[0]
     poison = tiny_adapter(base, 2)
     path = next(iter(poison.factors))
@@ -151,7 +156,7 @@ def test_a_poisoned_adapter_reaches_nobody(base: Base, application: Application)
 @pytest.mark.parametrize("application", WAYS)
 def test_names_that_contain_each_other_stay_apart(base: Base, application: Application) -> None:
     """Dropping scene1 leaves scene10 as it was."""
-    runner = Runner(base, application=application)
+    runner = runner_of(base, application)
     before = drawn(runner, [job_for(base, "scene10", 10)])[0]
     drawn(runner, [job_for(base, "scene1", 1)])
     runner.weights.give_back("scene1")
@@ -165,7 +170,7 @@ def test_weights_written_from_elsewhere_are_not_drawn_with(
     base: Base, application: Application
 ) -> None:
     """The batch is refused, in whatever composition, and the next one is sound."""
-    runner = Runner(base, application=application)
+    runner = runner_of(base, application)
     jobs = [job_for(base, "a", 1), job_for(base, "b", 2)]
     before = drawn(runner, jobs)
     with torch.no_grad():
@@ -179,7 +184,7 @@ def test_weights_written_from_elsewhere_are_not_drawn_with(
 @pytest.mark.parametrize("application", WAYS)
 def test_adapters_of_different_ranks_share_a_batch(base: Base, application: Application) -> None:
     """Ranks 3, 16 and 20 beside each other, each padded no further than to the next 16."""
-    runner = Runner(base, application=application)
+    runner = runner_of(base, application)
     ranks = {"three": 3, "sixteen": 16, "twenty": 20}
     jobs = [
         job_for(base, name, k, adapter=tiny_adapter(base, k, rank=rank, scale=MILD))
@@ -198,7 +203,7 @@ def test_an_adapter_of_few_modules_leaves_the_others_to_the_base(base: Base) -> 
     part = Adapter(factors={path: whole.factors[path]}, scale=2.0)
     outcomes = []
     for application in WAYS:
-        runner = Runner(base, application=application)  # type: ignore[arg-type]
+        runner = runner_of(base, application)  # type: ignore[arg-type]
         drawn(runner, [job_for(base, "whole", 1)])
         outcomes.append(drawn(runner, [job_for(base, "part", 1, adapter=part)])[0])
         runner.release()
@@ -208,7 +213,7 @@ def test_an_adapter_of_few_modules_leaves_the_others_to_the_base(base: Base) -> 
 @pytest.mark.parametrize("application", WAYS)
 def test_an_arena_for_one_scene_serves_many_in_turn(base: Base, application: Application) -> None:
     """What is pinned leaves no room; given back, it does, and comes back the same."""
-    runner = Runner(base, application=application, arena_bytes=1)
+    runner = runner_of(base, application, arena_bytes=1)
     first = drawn(runner, [job_for(base, "a", 1)])[0]
     assert not runner.weights.take("b", tiny_adapter(base, 2))
     runner.weights.give_back("a")
@@ -225,7 +230,7 @@ def test_released_base_is_what_it_was(base: Base, application: Application) -> N
     inputs = torch.randn(2, 9, 4, 4), torch.tensor([500, 20]), torch.zeros(2, 77, 16)
     with torch.no_grad():
         before = base.unet(*inputs).sample
-        runner = Runner(base, application=application)
+        runner = runner_of(base, application)
         drawn(runner, [job_for(base, "a", 1), job_for(base, "b", 2)])
         runner.release()
         assert torch.equal(base.unet(*inputs).sample, before)

@@ -90,9 +90,10 @@ def test_unet_gets_latents_mask_and_masked_image_in_this_order(base: Base) -> No
         inputs.append(args[0])
         timesteps.append(args[1])
 
+    runner = Runner(base)
     hook = base.unet.register_forward_pre_hook(record)
     try:
-        Runner(base).run(job)
+        runner.run(job)
     finally:
         hook.remove()
     first = inputs[0]
