@@ -32,7 +32,7 @@ def plot(memory: Sequence[MemorySample], answers: Points) -> Image.Image:
     if resident:
         warm = LEFT + (WIDTH - LEFT - RIGHT) * WARM_UP * resident[-1][0] / end_s
         draw.line([(warm, TOP), (warm, PANEL - BOTTOM)], fill=GREY)
-        draw.text((warm + 4, TOP), "warm-up ends", fill=GREY)
+        draw.text((warm + 4, PANEL - BOTTOM - 16), "warm-up ends", fill=GREY)
     for x, y in _panel(draw, PANEL, "latency of each answer, s", answers, end_s):
         draw.ellipse((x - 1.5, y - 1.5, x + 1.5, y + 1.5), fill=BLUE)
     return picture
