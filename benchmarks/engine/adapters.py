@@ -9,8 +9,8 @@ from realfill.capsule import Adapter, Capsule, CapsuleHeader, write_capsule
 from service.engine import Swapper
 
 
-def random_adapter(base: Base, *, rank: int, seed: int) -> Adapter:
-    """Half-precision factors for every module that the base's adapters target, of scale 1."""
+def random_adapter(base: Base, *, rank: int, seed: int, scale: float = 1.0) -> Adapter:
+    """Half-precision factors for every module that the base's adapters target."""
     generator = torch.Generator().manual_seed(seed)
     factors = {}
     for path in Swapper(base.unet, base.adapter_modules).module_paths:
@@ -18,18 +18,18 @@ def random_adapter(base: Base, *, rank: int, seed: int) -> Adapter:
         lora_a = torch.randn(rank, columns, generator=generator) / columns**0.5
         lora_b = 0.1 * torch.randn(rows, rank, generator=generator) / rank**0.5
         factors[path] = (lora_a.half(), lora_b.half())
-    return Adapter(factors, scale=1.0)
+    return Adapter(factors, scale=scale)
 
 
-def random_capsule(base: Base, scene: str, *, rank: int, seed: int) -> bytes:
+def random_capsule(base: Base, scene: str, *, rank: int, seed: int, scale: float = 1.0) -> bytes:
     """A whole capsule of such an adapter, without references."""
     header = CapsuleHeader(
         scene=scene,
         base=base.name,
         base_fingerprint=base.fingerprint,
         rank=rank,
-        alpha=float(rank),
-        scale=1.0,
+        alpha=scale * rank,
+        scale=scale,
         target_modules=base.adapter_modules,
         prompt=PROMPT,
         size_px=base.size_px,
@@ -40,7 +40,7 @@ def random_capsule(base: Base, scene: str, *, rank: int, seed: int) -> bytes:
     return write_capsule(
         Capsule(
             header=header,
-            adapter=random_adapter(base, rank=rank, seed=seed),
+            adapter=random_adapter(base, rank=rank, seed=seed, scale=scale),
             text_adapter=Adapter({}, scale=1.0),
             prompt_embedding=base.embed(PROMPT).detach().cpu().half(),
             extras={},

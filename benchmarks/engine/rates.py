@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from diffusers import (
     AutoencoderKL,
+    DDPMScheduler,
     DPMSolverMultistepScheduler,
     StableDiffusionInpaintPipeline,
 )
@@ -20,6 +22,8 @@ from realfill.masks import latent_mask
 from service.engine import Job, Runner
 
 PIPELINE = "diffusers StableDiffusionInpaintPipeline, all seeds in one batch"
+# The schedulers of diffusers that jobs are done with.
+Scheduler: TypeAlias = DPMSolverMultistepScheduler | DDPMScheduler
 LOOP = "the same loop with diffusers' DPMSolverMultistepScheduler, one image at a time"
 BATCHED_LOOP = "the same loop with diffusers' DPMSolverMultistepScheduler, one batch"
 
@@ -92,14 +96,17 @@ def fits_pipeline(base: Base) -> bool:
     return nine and isinstance(base.autoencoder, AutoencoderKL)
 
 
-def pipeline(base: Base, job: Job) -> Callable[[], Tensor]:
-    """The job by StableDiffusionInpaintPipeline made of the base's parts. [N, 3, S, S]"""
+def pipeline(base: Base, job: Job, *, scheduler: Scheduler | None = None) -> Callable[[], Tensor]:
+    """The job by StableDiffusionInpaintPipeline made of the base's parts. [N, 3, S, S]
+
+    Without a scheduler it is diffusers' DPM-Solver++, as for `loop`.
+    """
     pipe = StableDiffusionInpaintPipeline(
         vae=base.autoencoder,
         text_encoder=None,
         tokenizer=None,
         unet=base.unet,
-        scheduler=_scheduler(base),
+        scheduler=scheduler or _scheduler(base),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -126,14 +133,16 @@ def pipeline(base: Base, job: Job) -> Callable[[], Tensor]:
 
 
 @torch.no_grad()
-def loop(base: Base, job: Job, *, batch: int) -> Tensor:
+def loop(base: Base, job: Job, *, batch: int, scheduler: Scheduler | None = None) -> Tensor:
     """The job by diffusers' scheduler and models, as its pipeline would do it. [N, 3, S, S]"""
-    scheduler = _scheduler(base)
+    scheduler = scheduler or _scheduler(base)
     prompt = job.prompt_embedding[None].to(base.device, base.dtype)
     cells = latent_mask(job.mask, base.cell_px)[None, None].to(base.device, base.dtype)
     images = []
     for start in range(0, len(job.seeds), batch):
         seeds = job.seeds[start : start + batch]
+        # Of the steps' noise, where the scheduler draws any.
+        generator = torch.Generator().manual_seed(seeds[0])
         masked = base.encode((job.target * (1 - job.mask) + 0.5 * job.mask)[None])
         known = torch.cat([cells, masked], 1).expand(len(seeds), -1, -1, -1)
         scheduler.set_timesteps(job.steps, device=base.device)
@@ -144,7 +153,8 @@ def loop(base: Base, job: Job, *, batch: int) -> Tensor:
             stacked = torch.cat([scaled, known], 1)
             prompts = prompt.expand(len(seeds), -1, -1)
             predicted = base.unet(stacked, timestep, encoder_hidden_states=prompts).sample
-            latents = scheduler.step(predicted, timestep, latents).prev_sample
+            stepped = scheduler.step(predicted, timestep, latents, generator=generator)
+            latents = stepped.prev_sample
         images.append(base.decode(latents))
     return torch.cat(images)
 

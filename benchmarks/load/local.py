@@ -11,7 +11,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from benchmarks.load.report import Conditions
 from benchmarks.load.run import run
 
 STOP_S = 20.0
+STOP_AGAIN_S = 5.0
 
 
 def demo_payloads(folder: Path, fields: dict[str, str]) -> dict[str, Payload]:
@@ -53,8 +54,25 @@ def free_port() -> int:
 
 
 @contextmanager
-def serving(command: list[str], url: str, *, log: Path, start_s: float) -> Iterator[None]:
+def serving(
+    command: list[str],
+    url: str,
+    *,
+    log: Path,
+    start_s: float,
+    environment: Mapping[str, str] | None = None,
+) -> Iterator[subprocess.Popen[bytes]]:
     """Run a server process for the length of the block, from its /readyz on.
+
+    Args:
+        command: What starts it.
+        url: Where it will listen.
+        log: File for what it prints.
+        start_s: Longest to wait for it.
+        environment: Variables of the process, by default this one's.
+
+    Yields:
+        The process. After the block it has ended, with its status in ``returncode``.
 
     Raises:
         RuntimeError: It ended, or was not ready within ``start_s``; the message names its log.
@@ -63,11 +81,15 @@ def serving(command: list[str], url: str, *, log: Path, start_s: float) -> Itera
     with log.open("wb") as output:
         # A session of its own, so that workers which the server starts are stopped with it.
         process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+            command,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env=environment,
         )
         try:
             _wait_until_ready(process, url, log, start_s)
-            yield
+            yield process
         finally:
             _stop(process)
 
@@ -97,8 +119,13 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
     try:
         process.wait(STOP_S)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        # Asked twice, `realfill serve` ends its worker too, which has a session of its own.
+        process.terminate()
+        try:
+            process.wait(STOP_AGAIN_S)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 @click.command()

@@ -16,6 +16,11 @@ class Arrival:
     seed: int
 
 
+def popularity(count: int, zipf_s: float) -> list[float]:
+    """Zipf's weights: the k-th of ``count`` gets ``1 / k**zipf_s``."""
+    return [1 / k**zipf_s for k in range(1, count + 1)]
+
+
 def arrivals(
     scenes: Sequence[str], *, rate_per_s: float, duration_s: float, zipf_s: float, seed: int
 ) -> list[Arrival]:
@@ -38,7 +43,7 @@ def arrivals(
             f"Rate {rate_per_s} and duration {duration_s} must both be positive seconds."
         )
     draw = random.Random(seed)
-    weights = [1 / k**zipf_s for k in range(1, len(scenes) + 1)]
+    weights = popularity(len(scenes), zipf_s)
     planned: list[Arrival] = []
     at_s = draw.expovariate(rate_per_s)
     while at_s < duration_s:
