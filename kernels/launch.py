@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 
@@ -15,6 +16,11 @@ def interpreted() -> bool:
 
 def kernels_run_on(device: torch.device) -> bool:
     """Whether an op should launch its kernel for tensors of a device, rather than its reference."""
-    if importlib.util.find_spec("triton") is None:
-        return False
-    return device.type == "cuda" or (device.type == "cpu" and interpreted())
+    runs = device.type == "cuda" or (device.type == "cpu" and interpreted())
+    return runs and _triton_is_there()
+
+
+@functools.cache
+def _triton_is_there() -> bool:
+    """Looked up once: a search of the import path takes longer than a small op."""
+    return importlib.util.find_spec("triton") is not None

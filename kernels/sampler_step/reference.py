@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -26,17 +27,18 @@ def sampler_step_reference_(
     of_latents, of_prediction, of_history, of_noise, x0_latents, x0_prediction = (
         column[:, None, None, None] for column in rows.unbind(1)
     )
-    total = of_latents * latents
+    # The latents are read once more for x0, so they are not written over before.
+    apart = following.data_ptr() != latents.data_ptr()
+    total = torch.mul(of_latents, latents, out=following if apart else None)
     total += of_prediction * prediction
     if history is not None:
         total += of_history * history.float()
     if noise is not None:
         total += of_noise * noise.float()
-    predicted = x0_latents * latents
-    predicted += x0_prediction * prediction
-    # Written last, since following may be latents, and x0 history.
-    following.copy_(total)
-    x0.copy_(predicted)
+    torch.mul(x0_latents, latents, out=x0)
+    x0 += x0_prediction * prediction
+    if not apart:
+        following.copy_(total)
     channels = latents.shape[1]
-    packed[:, :channels].copy_(total)
-    packed[:, channels:].copy_(known)
+    packed[:, :channels] = total
+    packed[:, channels:] = known

@@ -1,4 +1,11 @@
-"""segmented_lora in Triton: one launch shrinks, one expands, each over all samples."""
+"""segmented_lora in Triton: one launch shrinks, one expands, each over all samples.
+
+Two launches, since the two want different grids. A program that shrinks goes through the whole
+depth, so that no sum is split, and there is one for each block of tokens; a program that expands
+writes one tile, and there are many more of them. In one launch, either few programs would do all
+the writing, or each would shrink anew. What passes between them is rank values a token in float32,
+a few percent of what is read and written anyway.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +20,8 @@ from torch import Tensor
 SMALLEST_BLOCK = 16
 BLOCK_TOKENS = 64
 BLOCK_COLUMNS = 128
+
+_DOTS = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
 @triton.jit
@@ -200,7 +209,7 @@ def _launch(
     keeps a sample's bits apart from its batch.
     """
     samples, tokens, columns = out.shape
-    slots_, rank = lora_A.shape[:2]
+    n_slots, rank = lora_A.shape[:2]
     block_rank = max(SMALLEST_BLOCK, triton.next_power_of_2(rank))
     half = torch.float32 not in (x.dtype, lora_A.dtype)
     alike = half and x.dtype == lora_A.dtype
@@ -220,7 +229,7 @@ def _launch(
             lora_A,
             slots,
             down,
-            slots_,
+            n_slots,
             tokens,
             x.shape[1],
             rank,
@@ -246,7 +255,7 @@ def _launch(
             lora_B,
             slots,
             scales,
-            slots_,
+            n_slots,
             tokens,
             columns,
             rank,
@@ -257,6 +266,3 @@ def _launch(
             RANK=block_rank,
             PRECISION=precision,
         )
-
-
-_DOTS = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
