@@ -125,6 +125,10 @@ def create_app(road: Road, settings: Settings) -> FastAPI:
     metrics = Metrics()
     pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="realfill-work")
     metrics.watch("realfill_lane_jobs", "Jobs that wait or run.", lambda: road.engine.pending)
+    metrics.watch(
+        "realfill_registry_stale", "Requests served while it was away.", lambda: road.resolver.stale
+    )
+    metrics.watch_engine(road.engine.metrics, road.capsules.metrics)
     completions = Completions(road, settings, metrics, pool)
 
     @asynccontextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
@@ -12,6 +12,11 @@ from prometheus_client import (
     Histogram,
     generate_latest,
 )
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from service.engine import EngineMetrics
+from service.engine.arena import TierMetrics
 
 _SECONDS = (0.005, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"})
@@ -52,6 +57,12 @@ class Metrics:
         """Expose a gauge whose value is read at each scrape."""
         Gauge(name, documentation, registry=self._registry).set_function(read)
 
+    def watch_engine(
+        self, read: Callable[[], EngineMetrics | None], host: Callable[[], TierMetrics]
+    ) -> None:
+        """Expose an engine and the tiers of its adapters, read at each scrape."""
+        self._registry.register(EngineCollector(read, host))
+
     def count_request(self, method: str, route: str, status: int, seconds: float) -> None:
         """Count one answered request; an unknown method becomes OTHER."""
         known = method if method in _METHODS else "OTHER"
@@ -67,3 +78,63 @@ class Metrics:
     def exposition(self) -> bytes:
         """Everything, as a scraper reads it."""
         return generate_latest(self._registry)
+
+
+_JOBS = ("completed", "partial", "cancelled", "failed", "refused")
+_LANE = {
+    "waiting": "Jobs that have not begun.",
+    "running": "Jobs that share the lane.",
+    "pending_sample_steps": "Sample-steps that all jobs still need.",
+    "cost_drift": "Actual over calibrated seconds of recent steps.",
+}
+_DONE = {
+    "sample_steps": "Sample-steps of answered jobs.",
+    "steps": "U-Net batches.",
+    "swaps": "Compositions of adapters that the U-Net was given.",
+}
+_HELD = {
+    "budget_bytes": "What a tier of adapters may hold.",
+    "held_bytes": "What a tier of adapters holds.",
+    "entries": "Adapters in a tier.",
+    "pinned": "Adapters that jobs need now.",
+}
+_PASSED = {
+    "hits": "Adapters that a job found in a tier.",
+    "misses": "Adapters that had to be brought into a tier.",
+    "evictions": "Adapters that left a tier to make room.",
+}
+
+
+class EngineCollector(Collector):
+    """An engine's metrics in Prometheus' terms: what only grows as counters, the rest as gauges."""
+
+    def __init__(
+        self, read: Callable[[], EngineMetrics | None], host: Callable[[], TierMetrics]
+    ) -> None:
+        self._read = read
+        self._host = host
+
+    def describe(self) -> list[Metric]:
+        """Nothing beforehand, so that nothing is read before the first scrape."""
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        """Read both once."""
+        tiers = {"host": self._host()}
+        engine = self._read()
+        if engine is not None:
+            tiers.update(engine.tiers)
+            for name, says in _LANE.items():
+                yield GaugeMetricFamily(f"realfill_lane_{name}", says, getattr(engine, name))
+            for name, says in _DONE.items():
+                yield CounterMetricFamily(f"realfill_lane_{name}", says, getattr(engine, name))
+            jobs = CounterMetricFamily("realfill_jobs", "Jobs that ended.", labels=["outcome"])
+            for name in _JOBS:
+                jobs.add_metric([name], getattr(engine, name))
+            yield jobs
+        for families, kind in ((_HELD, GaugeMetricFamily), (_PASSED, CounterMetricFamily)):
+            for name, says in families.items():
+                family = kind(f"realfill_adapters_{name}", says, labels=["tier"])
+                for tier, metrics in tiers.items():
+                    family.add_metric([tier], getattr(metrics, name))
+                yield family

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from service.engine import EngineMetrics
+from service.engine.arena import TierMetrics
 from service.metrics import Metrics
 
 
@@ -37,3 +39,26 @@ def test_a_watched_gauge_is_read_at_each_scrape() -> None:
     metrics.watch("realfill_lane_jobs", "Jobs.", lambda: next(values))
     assert "realfill_lane_jobs 1.0" in metrics.exposition().decode()
     assert "realfill_lane_jobs 2.0" in metrics.exposition().decode()
+
+
+def test_an_engine_and_its_tiers_are_exposed() -> None:
+    """What only grows is a counter, what goes up and down a gauge, tiers and outcomes are labels."""
+    tier = TierMetrics(100, 80, 4, 1, hits=9, misses=5, evictions=1)
+    engine = EngineMetrics(
+        waiting=2, running=3, pending_sample_steps=40, completed=7, partial=1, cancelled=0,
+        failed=0, refused=6, sample_steps=500, steps=60, sample_steps_per_s=70.0, cost_drift=1.25,
+        swaps=12, tiers={"device": tier},
+    )  # fmt: skip
+    metrics = Metrics()
+    metrics.watch_engine(lambda: engine, lambda: TierMetrics(9, 8, 7, 6, 5, 4, 3))
+    text = metrics.exposition().decode()
+    for line in (
+        "realfill_lane_waiting 2.0",
+        "realfill_lane_cost_drift 1.25",
+        "realfill_lane_sample_steps_total 500.0",
+        'realfill_jobs_total{outcome="refused"} 6.0',
+        'realfill_adapters_held_bytes{tier="device"} 80.0',
+        'realfill_adapters_held_bytes{tier="host"} 8.0',
+        'realfill_adapters_hits_total{tier="device"} 9.0',
+    ):
+        assert line in text
