@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,18 +15,25 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.engine import swaps
-from benchmarks.engine.rates import compare, sample_steps_per_s
+from benchmarks.engine import peers, swaps
+from benchmarks.engine.limits import flops_per_sample_step, peak_flops_per_s
+from benchmarks.engine.mixing import measure_lone, measure_mixing, measure_waits, paper_like
+from benchmarks.engine.peers import measure_hotswap, measure_infer, measure_mixed
+from benchmarks.engine.rates import compare, job_of, sample_steps_per_s
 from benchmarks.engine.service import PEER as ENGINE
 from benchmarks.engine.service import measure_overhead
 from benchmarks.engine.swaps import measure_swaps
-from benchmarks.engine.timing import quantile
+from benchmarks.engine.timing import quantile, repeated
 from benchmarks.record import ROWS, Row, record
 from realfill.base import Base, load_base
 from realfill.errors import RealFillError
+from service.engine import Runner
+from service.engine.runner import Application
 
-BATCHES = {"cpu": (1, 2, 4, 8), "cuda": (1, 2, 4, 8, 16)}
+BATCHES = (1, 2, 4, 8, 16)
 RANKS = {"nano": 32}
+PAPER_RANK = 8
+PEAK = "a large matrix product in the same run"
 PERCENTS = (20, 50, 80, 99)
 
 
@@ -55,7 +63,8 @@ class Bench:
 
 
 def bench_swap(bench: Bench) -> list[Row]:
-    """Swap between adapters in memory: quantiles, and how many times faster than diffusers."""
+    """Swap to an adapter that lies ready, that is in host memory, and by diffusers."""
+    hotswap = measure_hotswap(bench.base, rank=bench.rank, repeats=bench.repeats).peer_s
     measured = measure_swaps(
         bench.base, rank=bench.rank, repeats=20 * bench.repeats, peer_repeats=bench.repeats
     )
@@ -67,18 +76,36 @@ def bench_swap(bench: Bench) -> list[Row]:
         peer = {"peer": swaps.PEER, "peer_value": 1000 * quantile(theirs, percent)}
         details = peer if percent < 99 else {}
         rows.append(bench.keep(f"swap.p{percent}_ms", value, "ms", better="lower", **details))
-    ratio = median(theirs) / median(ours)
-    rows.append(bench.keep("swap.ratio_load_lora", ratio, "x", peer=swaps.PEER, ratio=ratio))
+    for name, slow, seconds in (
+        ("swap.ratio_load_lora", swaps.PEER, theirs),
+        ("swap.ratio_hotswap", peers.HOTSWAP, hotswap),
+    ):
+        ratio = median(seconds) / median(ours)
+        rows.append(bench.keep(name, ratio, "x", peer=slow, ratio=ratio))
+    for name, seconds in (("bring", measured.bring_s), ("merge", measured.merge_s)):
+        value = 1000 * median(seconds)
+        slower = bench.keep(
+            f"swap.{name}_p50_ms",
+            value,
+            "ms",
+            better="lower",
+            peer=swaps.PEER,
+            peer_value=1000 * median(theirs),
+        )
+        rows.append(slower)
     return rows
 
 
 def bench_rate(bench: Bench) -> list[Row]:
     """Sample-steps per second of a batch, encoding of the masked image included."""
     rows = []
+    flops, peak = flops_per_sample_step(bench.base), peak_flops_per_s(bench.base)
     for batch in bench.batches:
         rates = sample_steps_per_s(bench.base, batch, steps=bench.steps, repeats=bench.repeats)
         name = f"engine.sample_steps_per_s.b{batch}"
         rows.append(bench.keep(name, median(rates), "sample-steps/s"))
+        share = 100 * median(rates) * flops / peak
+        rows.append(bench.keep(f"engine.peak_flops_pct.b{batch}", share, "%", peer=PEAK))
     return rows
 
 
@@ -105,6 +132,105 @@ def bench_diffusers(bench: Bench) -> list[Row]:
         for percent in (20, 50, 80)
     ]
     return rows
+
+
+def bench_mixed(bench: Bench) -> list[Row]:
+    """A step of as many scenes as samples against one scene; where calls of their own pay off."""
+    rows, samples = [], max(bench.batches)
+    options: list[tuple[str, Base, int, Application]] = [
+        ("", bench.base, bench.rank, "auto"),
+        (".segmented", bench.base, bench.rank, "segmented"),
+        (".paper", paper_like(bench.base), PAPER_RANK, "auto"),
+        (".paper_segmented", paper_like(bench.base), PAPER_RANK, "segmented"),
+    ]
+    for suffix, base, rank, way in options:
+        mixing = measure_mixing(
+            base, scenes=samples, samples=samples, rank=rank, repeats=bench.repeats, application=way
+        )
+        one_ms, mixed_ms = (1000 * median(s) for s in (mixing.one_s, mixing.mixed_s))
+        overhead = bench.keep(
+            f"engine.mixed_overhead_pct{suffix}", mixing.overhead_pct, "%", better="lower"
+        )
+        step = bench.keep(
+            f"engine.mixed_step_ms{suffix}",
+            mixed_ms,
+            "ms",
+            better="lower",
+            peer=f"{samples} samples of one scene",
+            peer_value=one_ms,
+        )
+        rows += [overhead, step]
+    for scenes in sorted({samples // 8, samples // 4, samples // 2} - {0, 1}):
+        mixing = measure_mixing(
+            bench.base, scenes=scenes, samples=samples, rank=bench.rank, repeats=bench.repeats
+        )
+        rows.append(
+            bench.keep(
+                f"engine.apart_ms.s{samples // scenes}",
+                1000 * median(mixing.apart_s),
+                "ms",
+                better="lower",
+                peer=f"{scenes} scenes in one call",
+                peer_value=1000 * median(mixing.mixed_s),
+            )
+        )
+    peft = measure_mixed(bench.base, batch=samples, rank=bench.rank, repeats=bench.repeats)
+    pct = 100 * (median(peft.mixed_s) / median(peft.fused_s) - 1)
+    rows.append(bench.keep("engine.peft_mixed_overhead_pct", pct, "%", better="lower"))
+    return rows
+
+
+def bench_lane(bench: Bench) -> list[Row]:
+    """What the lane adds to a lone job, and what a small one waits for beside a large one."""
+    lone = measure_lone(bench.base, samples=bench.samples, steps=bench.steps, repeats=bench.repeats)
+    waits = measure_waits(
+        bench.base, samples=max(bench.batches) - 1, steps=bench.steps, repeats=bench.repeats
+    )
+    milliseconds = {
+        "engine.join_p50_ms": (waits.join_s, "a step of the large job alone", waits.step_s),
+        "engine.first_candidate_p50_ms": (waits.answer_s, "an idle lane", waits.idle_s),
+    }
+    rows = [
+        bench.keep(
+            "engine.lone_overhead_pct",
+            lone.overhead_pct,
+            "%",
+            better="lower",
+            target=3.0,
+            peer="the same job without a lane",
+        )
+    ]
+    rows += [
+        bench.keep(
+            name,
+            1000 * median(ours),
+            "ms",
+            better="lower",
+            peer=peer,
+            peer_value=1000 * median(theirs),
+        )
+        for name, (ours, peer, theirs) in milliseconds.items()
+    ]
+    rows.append(bench.keep("engine.memory_bytes", _memory_bytes(bench), "B", better="lower"))
+    return rows
+
+
+def _memory_bytes(bench: Bench) -> float:
+    """The most that this process has held so far, on the device or, without one, in memory."""
+    if bench.base.device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated())
+    return 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def bench_infer(bench: Bench) -> list[Row]:
+    """The public script's settings for the same number of images."""
+    infer = measure_infer(bench.base, images=max(bench.batches), repeats=bench.repeats)
+    job = job_of(bench.base, samples=max(bench.batches), steps=bench.steps)
+    runner = Runner(bench.base)
+    ours_s = repeated(lambda: runner.run(job), bench.repeats, bench.base.device)
+    runner.release()
+    ratio = median(infer.seconds) / median(ours_s)
+    return [bench.keep("engine.ratio_infer", ratio, "x", peer=infer.peer, ratio=ratio)]
 
 
 def bench_service(bench: Bench) -> list[Row]:
@@ -134,7 +260,10 @@ def bench_service(bench: Bench) -> list[Row]:
 PARTS: dict[str, Callable[[Bench], list[Row]]] = {
     "swap": bench_swap,
     "rate": bench_rate,
+    "mixed": bench_mixed,
+    "lane": bench_lane,
     "diffusers": bench_diffusers,
+    "infer": bench_infer,
     "service": bench_service,
 }
 
@@ -164,6 +293,7 @@ def table_of(rows: Sequence[Row]) -> Table:
 @click.option("--rank", type=click.IntRange(1, 128), help="Of adapters: 32 on nano, else 8.")
 @click.option("--steps", type=click.IntRange(min=1), default=20, show_default=True)
 @click.option("--samples", type=click.IntRange(min=1), default=4, help="Seeds of a job.")
+@click.option("--largest", type=click.IntRange(min=2), default=16, help="Of the batches.")
 @click.option("--repeats", type=click.IntRange(min=1), default=9, show_default=True)
 @click.option("--requests", type=click.IntRange(min=1), default=40, show_default=True)
 @click.option("--rows", type=click.Path(dir_okay=False, path_type=Path), default=ROWS)
@@ -174,6 +304,7 @@ def main(
     rank: int | None,
     steps: int,
     samples: int,
+    largest: int,
     repeats: int,
     requests: int,
     rows: Path,
@@ -189,7 +320,7 @@ def main(
             base=load_base(base_name, device=device, dtype=dtype),
             base_name=base_name,
             rank=rank or RANKS.get(base_name, 8),
-            batches=BATCHES.get(kind, BATCHES["cpu"]),
+            batches=tuple(size for size in BATCHES if size <= largest),
             steps=steps,
             samples=samples,
             repeats=repeats,

@@ -73,6 +73,8 @@ def measure_hotswap(base: Base, *, rank: int, repeats: int) -> Hotswaps:
     Raises:
         RuntimeError: The hotswapped U-Net does not predict what ours does.
     """
+    # On a copy: a U-Net that hotswapped once prepares every later load for it, and fails.
+    base = dataclasses.replace(base, unet=copy.deepcopy(base.unet))
     adapters = [random_adapter(base, rank=rank, seed=seed) for seed in range(2)]
     plain, ours = _ours(base, adapters[:1], _inputs(base, 1))
     states = [peft_state(adapter, base.unet) for adapter in adapters]

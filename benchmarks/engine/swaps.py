@@ -4,44 +4,93 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.engine.adapters import random_adapter
-from benchmarks.engine.timing import repeated
+from benchmarks.engine.timing import repeated, seconds_of
 from realfill.base import PROMPT, Base
 from realfill.capsule import Adapter
-from service.engine import Swapper
+from service.engine import Runner, Swapper
+from service.engine.weights import Part
 
 PEER = "diffusers load_lora_adapter + set_adapters, state dict in memory, deletion not counted"
 
 
 @dataclass(frozen=True)
 class Swaps:
-    """Seconds of every swap, ours and the peer's, and how far their predictions differ."""
+    """Seconds of every swap, ours and the peer's, and how far their predictions differ.
+
+    Attributes:
+        ours_s: From one scene to another that lies ready, as before every batch of the engine.
+        bring_s: An adapter in host memory made ready.
+        merge_s: Factors in host memory merged into the weights in place, validation included.
+        peer_s: The peer's, from a state dict in memory.
+    """
 
     ours_s: list[float]
+    bring_s: list[float]
+    merge_s: list[float]
     peer_s: list[float]
     difference: float
 
 
 def measure_swaps(base: Base, *, rank: int, repeats: int, peer_repeats: int) -> Swaps:
-    """Alternate between two adapters that lie in memory, first our way, then diffusers'.
+    """Alternate between two adapters, first our ways, then diffusers'.
 
     Raises:
-        RuntimeError: The two ways do not give the same model, so that timing them means nothing.
+        RuntimeError: The ways do not give the same model, so that timing them means nothing.
     """
     adapters = {f"{k}" * 64: random_adapter(base, rank=rank, seed=k) for k in range(2)}
+    first = next(iter(adapters))
+    plain = _prediction(base)
+    ours_s, bring_s, ours = _resident(base, adapters, repeats)
+    merge_s = _merged(base, adapters, repeats)
+    peer_s, theirs = _diffusers(base, list(adapters.values()), peer_repeats)
+    change = float((ours - plain).abs().max())
+    difference = float((ours - theirs).abs().max()) / max(change, 1e-12)
+    allowed = 0.01 if base.dtype == torch.float32 else 0.2
+    if change == 0 or difference > allowed:
+        raise RuntimeError(
+            f"the U-Net with adapter {first[:4]} and diffusers' differ by {difference:.3g} of what "
+            f"the adapter changes, allowed is {allowed}: mend the swap before it is timed"
+        )
+    return Swaps(ours_s, bring_s, merge_s, peer_s, difference)
+
+
+def _resident(
+    base: Base, adapters: dict[str, Adapter], repeats: int
+) -> tuple[list[float], list[float], Tensor]:
+    """Seconds of swaps and of making ready, and what the first adapter predicts."""
+    runner = Runner(base)
+    weights = runner.weights
+    bring_s = []
+    for digest, adapter in itertools.islice(itertools.cycle(adapters.items()), 12):
+        weights.forget(digest)
+        bring_s.append(seconds_of(partial(weights.bring, digest, adapter), base.device))
+    for digest, adapter in adapters.items():
+        weights.take(digest, adapter)
+    turns = itertools.cycle([[Part(digest, 1)] for digest in adapters])
+    ours_s = repeated(lambda: weights.apply(next(turns)), repeats, base.device)
+    weights.apply([Part(next(iter(adapters)), 1)])
+    ours = _prediction(base)
+    runner.release()
+    return ours_s, bring_s[2:], ours
+
+
+def _merged(base: Base, adapters: dict[str, Adapter], repeats: int) -> list[float]:
     swapper = Swapper(base.unet, base.adapter_modules)
     turns = itertools.cycle(adapters.items())
-    ours_s = repeated(lambda: swapper.apply(*next(turns)), repeats, base.device)
-    first = next(iter(adapters))
-    swapper.apply(first, adapters[first])
-    ours = _prediction(base)
+    seconds = repeated(lambda: swapper.apply(*next(turns)), repeats, base.device)
     swapper.apply(None, None)
-    plain = _prediction(base)
-    states = itertools.cycle([peft_state(adapter, base.unet) for adapter in adapters.values()])
+    return seconds
+
+
+def _diffusers(base: Base, adapters: list[Adapter], repeats: int) -> tuple[list[float], Tensor]:
+    """Seconds of the peer's swaps, and what the first adapter predicts."""
+    states = itertools.cycle([peft_state(adapter, base.unet) for adapter in adapters])
     names = (f"adapter_{k}" for k in itertools.count())
     loaded: list[str] = []
 
@@ -54,23 +103,15 @@ def measure_swaps(base: Base, *, rank: int, repeats: int, peer_repeats: int) -> 
     theirs = _prediction(base)
     base.unet.delete_adapters(loaded.pop())
     next(states)
-    peer_s = repeated(
+    seconds = repeated(
         load,
-        peer_repeats,
+        repeats,
         base.device,
         warm_up=1,
         after=lambda: base.unet.delete_adapters(loaded.pop()),
     )
     base.unet.unload_lora()
-    change = float((ours - plain).abs().max())
-    difference = float((ours - theirs).abs().max()) / max(change, 1e-12)
-    allowed = 0.01 if base.dtype == torch.float32 else 0.2
-    if change == 0 or difference > allowed:
-        raise RuntimeError(
-            f"the swapped U-Net and diffusers' differ by {difference:.3g} of what the adapter"
-            f" changes, allowed is {allowed}: mend the swapper before it is timed"
-        )
-    return Swaps(ours_s, peer_s, difference)
+    return seconds, theirs
 
 
 def peft_state(adapter: Adapter, unet: nn.Module) -> dict[str, Tensor]:

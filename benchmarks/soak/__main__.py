@@ -24,7 +24,12 @@ from realfill.errors import RealFillError
 from registry import RegistryError
 
 # Fewer capsules than scenes, so that they come and go all the time; no ranking.
-PRESSURE = {"REALFILL_MAX_CAPSULES": "12", "REALFILL_MATCHER": "none"}
+# Room for nine of fifty scenes' weights on the device and for a dozen capsules in memory.
+PRESSURE = {
+    "REALFILL_ARENA_BYTES": "400000000",
+    "REALFILL_HOST_BYTES": "16000000",
+    "REALFILL_MATCHER": "none",
+}
 
 
 def _pair(value: str) -> tuple[str, str]:

@@ -48,6 +48,8 @@ def test_the_swap_is_compared_with_diffusers_on_equal_models() -> None:
     swaps = measure_swaps(base, rank=2, repeats=4, peer_repeats=2)
     assert len(swaps.ours_s) == 4
     assert len(swaps.peer_s) == 2
+    assert len(swaps.bring_s) == 10
+    assert len(swaps.merge_s) == 4
     assert swaps.difference < 0.01
     after = base.unet.state_dict()
     assert set(after) == set(before)
@@ -80,13 +82,31 @@ def test_the_command_records_its_rows(tmp_path: Path) -> None:
     """Every part but the server's, from the command line."""
     words = ["--base", str(save_tiny_base(tmp_path / "base")), "--rows", str(tmp_path / "rows")]
     words += ["--steps", "1", "--samples", "2", "--repeats", "1", "--rank", "2"]
-    words += ["--part", "swap", "--part", "rate", "--part", "diffusers"]
+    words += ["--largest", "4"]
+    for part in ("swap", "rate", "mixed", "lane", "diffusers", "infer"):
+        words += ["--part", part]
     answer = CliRunner().invoke(main, words, catch_exceptions=False)
     assert answer.exit_code == 0
     rows = {row.name: row for row in read_rows(tmp_path / "rows")}
     assert rows["swap.ratio_load_lora"].ratio == rows["swap.ratio_load_lora"].value
     assert rows["swap.p50_ms"].peer_value is not None
-    assert {"engine.sample_steps_per_s.b8", "engine.ratio_diffusers"} <= set(rows)
+    assert rows["swap.ratio_hotswap"].value > 0
+    assert rows["engine.join_p50_ms"].peer_value is not None
+    assert {
+        "engine.sample_steps_per_s.b4",
+        "engine.peak_flops_pct.b4",
+        "engine.mixed_overhead_pct",
+        "engine.mixed_overhead_pct.paper",
+        "engine.apart_ms.s2",
+        "engine.peft_mixed_overhead_pct",
+        "engine.lone_overhead_pct",
+        "engine.first_candidate_p50_ms",
+        "engine.memory_bytes",
+        "engine.ratio_diffusers",
+        "engine.ratio_infer",
+        "swap.bring_p50_ms",
+        "swap.merge_p50_ms",
+    } <= set(rows)
 
 
 @pytest.mark.slow

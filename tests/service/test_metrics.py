@@ -42,7 +42,7 @@ def test_a_watched_gauge_is_read_at_each_scrape() -> None:
 
 
 def test_an_engine_and_its_tiers_are_exposed() -> None:
-    """What only grows is a counter, what goes up and down a gauge, tiers and outcomes are labels."""
+    """What only grows is a counter, the rest a gauge; tiers and outcomes are labels."""
     tier = TierMetrics(100, 80, 4, 1, hits=9, misses=5, evictions=1)
     engine = EngineMetrics(
         waiting=2, running=3, pending_sample_steps=40, completed=7, partial=1, cancelled=0,

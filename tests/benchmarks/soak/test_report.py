@@ -113,7 +113,7 @@ def test_a_wrong_option_is_explained(words: list[str], message: str) -> None:
 def test_a_minute_on_the_real_server_keeps_every_promise(tmp_path: Path) -> None:
     """Six scenes with room for two; a minute is no time to judge memory by."""
     words = ["--base", str(save_tiny_base(tmp_path / "base")), "--minutes", "1", "--scenes", "6"]
-    words += ["--set", "REALFILL_MAX_CAPSULES=2", "--max-growth", "50", "--move-every", "0.5"]
+    words += ["--set", "REALFILL_HOST_BYTES=100000", "--max-growth", "50", "--move-every", "0.5"]
     words += ["--rows", str(tmp_path / "rows"), "--out", str(tmp_path / "out"), "--json"]
     answer = CliRunner().invoke(main, words, catch_exceptions=False)
     assert answer.exit_code == 0, answer.output

@@ -1,0 +1,199 @@
+"""What it costs that scenes share batches, and what a new request waits for."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from statistics import median
+
+from benchmarks.engine.adapters import random_adapter
+from benchmarks.engine.rates import job_of
+from benchmarks.engine.timing import repeated
+from realfill.base import PAPER_MODULES, Base
+from realfill.capsule import Adapter
+from service.engine import Engine, Job, Runner
+from service.engine.runner import Application, Sample
+
+# More than any measurement makes, so that no sample is finished before its end.
+MANY_STEPS = 500
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """Seconds of one step of a batch, in turns.
+
+    Attributes:
+        one_s: All samples of one scene.
+        mixed_s: A scene for every few samples, in one call.
+        apart_s: The same, every scene in a call of its own.
+    """
+
+    one_s: list[float]
+    mixed_s: list[float]
+    apart_s: list[float]
+
+    @property
+    def overhead_pct(self) -> float:
+        """How much longer than one scene the mixed batch takes, in per cent."""
+        return 100 * (median(self.mixed_s) / median(self.one_s) - 1)
+
+
+def paper_like(base: Base) -> Base:
+    """The same base with the paper's targets: attention alone."""
+    return dataclasses.replace(base, adapter_modules=PAPER_MODULES)
+
+
+def measure_mixing(
+    base: Base,
+    *,
+    scenes: int,
+    samples: int,
+    rank: int,
+    repeats: int,
+    application: Application = "auto",
+) -> Mixing:
+    """Step batches of as many samples, of one scene and of several.
+
+    Args:
+        base: The resident model.
+        scenes: Of the mixed batch; they have equal shares.
+        samples: Of every batch.
+        rank: Of the adapters.
+        repeats: Timed steps of each.
+        application: The way of applying adapters.
+    """
+    adapters = [random_adapter(base, rank=rank, seed=seed) for seed in range(scenes)]
+    runner = Runner(base, application=application, max_samples=samples, split_from=samples + 1)
+    groups = [
+        _begun(runner, base, adapter, f"{k:064d}", samples // scenes)
+        for k, adapter in enumerate(adapters)
+    ]
+    one = _begun(runner, base, adapters[0], f"{0:064d}", samples)
+    mixed = [sample for group in groups for sample in group]
+
+    def apart() -> None:
+        for group in groups:
+            runner.step(group)
+
+    seconds: dict[str, list[float]] = {"one": [], "mixed": [], "apart": []}
+    ways: dict[str, Callable[[], None]] = {
+        "one": partial(runner.step, one),
+        "mixed": partial(runner.step, mixed),
+        "apart": apart,
+    }
+    for turn in range(repeats):
+        for name, step in ways.items():
+            seconds[name] += repeated(step, 1, base.device, warm_up=int(turn == 0))
+    runner.release()
+    return Mixing(seconds["one"], seconds["mixed"], seconds["apart"])
+
+
+def _begun(runner: Runner, base: Base, adapter: Adapter, digest: str, samples: int) -> list[Sample]:
+    job = dataclasses.replace(_job(base, samples, MANY_STEPS), digest=digest, adapter=adapter)
+    if not runner.weights.take(digest, adapter):
+        raise RuntimeError("the arena has no room for so many scenes: measure fewer")
+    return runner.begin(job)
+
+
+def _job(base: Base, samples: int, steps: int) -> Job:
+    return dataclasses.replace(job_of(base, samples=samples, steps=1), steps=steps, sampler="ddim")
+
+
+@dataclass(frozen=True)
+class Waits:
+    """Seconds that a request of one candidate waits while a large job is in the lane.
+
+    Attributes:
+        join_s: From its submission to the end of its first step.
+        answer_s: From its submission to its answer.
+        idle_s: The same answer by an idle lane.
+        step_s: One step of the large job by itself.
+    """
+
+    join_s: list[float]
+    answer_s: list[float]
+    idle_s: list[float]
+    step_s: list[float]
+
+
+class Clock:
+    """Listens to a job and keeps the time of each of its steps."""
+
+    def __init__(self) -> None:
+        self.ticks: list[float] = []
+
+    def tick(self, done: int, total: int) -> None:
+        """One more step."""
+        self.ticks.append(time.perf_counter())
+
+
+def measure_waits(base: Base, *, samples: int, steps: int, repeats: int) -> Waits:
+    """Submit small jobs beside a large one.
+
+    Args:
+        base: The resident model.
+        samples: Of the large job.
+        steps: Of the small jobs, of one sample each.
+        repeats: Small jobs, one after the other.
+    """
+    small = _job(base, 1, steps)
+    waits = Waits([], [], [], [])
+    with Engine(base, max_samples=samples + 1) as engine:
+        engine.submit(small).result()
+        for _ in range(repeats):
+            began = time.perf_counter()
+            engine.submit(small).result()
+            waits.idle_s.append(time.perf_counter() - began)
+        steps_of = Clock()
+        large = dataclasses.replace(
+            _job(base, samples, MANY_STEPS), cancel=threading.Event(), on_step=steps_of.tick
+        )
+        running = engine.submit(large)
+        while len(steps_of.ticks) < repeats + 1:
+            time.sleep(0.005)
+        ticks = list(steps_of.ticks)
+        waits.step_s.extend(later - sooner for sooner, later in itertools.pairwise(ticks))
+        for _ in range(repeats):
+            clock = Clock()
+            job = dataclasses.replace(small, on_step=clock.tick)
+            began = time.perf_counter()
+            engine.submit(job).result()
+            waits.answer_s.append(time.perf_counter() - began)
+            waits.join_s.append(clock.ticks[0] - began)
+        large.cancel.set()
+        running.exception()
+    return waits
+
+
+@dataclass(frozen=True)
+class Lone:
+    """Seconds of one job on an idle engine and on a runner without a lane, in turns."""
+
+    engine_s: list[float]
+    runner_s: list[float]
+
+    @property
+    def overhead_pct(self) -> float:
+        """What the lane adds, in per cent, by medians."""
+        return 100 * (median(self.engine_s) / median(self.runner_s) - 1)
+
+
+def measure_lone(base: Base, *, samples: int, steps: int, repeats: int) -> Lone:
+    """One job at a time, with a lane and without; both on the same resident base."""
+    job = _job(base, samples, steps)
+    lone = Lone([], [])
+    with Engine(base) as engine:
+        for turn in range(-1, repeats):
+            began = time.perf_counter()
+            engine.submit(job).result()
+            between = time.perf_counter()
+            engine.runner.run(job)
+            if turn >= 0:
+                lone.engine_s.append(between - began)
+                lone.runner_s.append(time.perf_counter() - between)
+    return lone
