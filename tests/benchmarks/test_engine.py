@@ -78,6 +78,7 @@ def test_the_pipeline_is_the_peer_where_it_takes_the_base() -> None:
 
 
 @NUMPY
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`:UserWarning")
 def test_the_command_records_its_rows(tmp_path: Path) -> None:
     """Every part but the server's, from the command line."""
     words = ["--base", str(save_tiny_base(tmp_path / "base")), "--rows", str(tmp_path / "rows")]
