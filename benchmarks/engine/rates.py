@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -64,7 +66,9 @@ def sample_steps_per_s(base: Base, batch: int, *, steps: int, repeats: int) -> l
     runner = Runner(base, max_samples=batch)
     job = job_of(base, samples=batch, steps=steps)
     runner.run(job)
-    return [job.sample_steps / runner.run(job).sample_s for _ in range(repeats)]
+    rates = [job.sample_steps / runner.run(job).sample_s for _ in range(repeats)]
+    runner.release()
+    return rates
 
 
 def compare(base: Base, *, samples: int, steps: int, repeats: int) -> list[Comparison]:
@@ -74,12 +78,14 @@ def compare(base: Base, *, samples: int, steps: int, repeats: int) -> list[Compa
         First the comparison with diffusers' pipeline where it takes the base's parts, else with
         its scheduler in a plain loop, an image at a time; then the loop with one batch.
     """
+    # The peers get layers that compute in their own way, not in the runner's.
+    plain = dataclasses.replace(base, unet=copy.deepcopy(base.unet))
     runner = Runner(base, max_samples=samples)
     job = job_of(base, samples=samples, steps=steps)
-    peers: dict[str, Callable[[], object]] = {LOOP: lambda: loop(base, job, batch=1)}
+    peers: dict[str, Callable[[], object]] = {LOOP: lambda: loop(plain, job, batch=1)}
     if fits_pipeline(base):
-        peers = {PIPELINE: pipeline(base, job)}
-    peers[BATCHED_LOOP] = lambda: loop(base, job, batch=samples)
+        peers = {PIPELINE: pipeline(plain, job)}
+    peers[BATCHED_LOOP] = lambda: loop(plain, job, batch=samples)
     ours_s: list[float] = []
     peer_s: dict[str, list[float]] = {peer: [] for peer in peers}
     for turn in range(repeats):
@@ -87,6 +93,7 @@ def compare(base: Base, *, samples: int, steps: int, repeats: int) -> list[Compa
         ours_s += repeated(lambda: runner.run(job), 1, base.device, warm_up=warm_up)
         for peer, work in peers.items():
             peer_s[peer] += repeated(work, 1, base.device, warm_up=warm_up)
+    runner.release()
     return [Comparison(peer, ours_s, seconds) for peer, seconds in peer_s.items()]
 
 
