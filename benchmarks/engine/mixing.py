@@ -17,7 +17,8 @@ from benchmarks.engine.timing import repeated
 from realfill.base import PAPER_MODULES, Base
 from realfill.capsule import Adapter
 from service.engine import Engine, Job, Runner
-from service.engine.runner import Application, Sample
+from service.engine.runner import Application
+from service.engine.sample import Sample
 
 # More than any measurement makes, so that no sample is finished before its end.
 MANY_STEPS = 500

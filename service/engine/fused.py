@@ -135,14 +135,27 @@ class FusedWeights:
         """One call for all parts, but those that are large enough for a call of their own."""
         return divided(parts, self._split_from)
 
-    def apply(self, parts: Sequence[Part]) -> None:
-        """Name the set of every part; see ``Weights``."""
+    @property
+    def mode(self) -> tuple[int, ...]:
+        """Nothing is ever beside the weights."""
+        return ()
+
+    def reserve(self, rank: int) -> tuple[int, ...]:
+        """Sets of all ranks are alike."""
+        return ()
+
+    def rehearse(self, mode: tuple[int, ...], room: int) -> None:
+        """Nothing to rehearse."""
+
+    def apply(self, parts: Sequence[Part], room: int | None = None) -> None:
+        """Name the set of every part; see ``Weights``. Places without a sample join the last."""
         sets = [None if part.digest is None else self._held(part.digest) for part in parts]
         self._check(sets)
         ends, end = [], 0
         for part in parts:
             end += part.count
             ends.append(end)
+        ends[-1] = room or end
         weights = tuple(None if kept is None else kept.weights for kept in sets)
         named = self._parting.weights
         self.writes += len(weights) != len(named) or any(

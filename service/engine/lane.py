@@ -14,7 +14,8 @@ from service.engine.batcher import Batcher
 from service.engine.board import Board, tell_cancelled
 from service.engine.cost import CostModel
 from service.engine.job import Job
-from service.engine.runner import Runner, Sample
+from service.engine.runner import Runner
+from service.engine.sample import Sample
 from service.engine.task import Task
 from service.engine.weights import SpoiltWeights
 from service.errors import Cancelled, DeadlineExceeded
@@ -25,6 +26,8 @@ logger = logging.getLogger(__name__)
 DECODED_AT_ONCE = 4
 # Running jobs may have so many batches of samples among them; the others wait.
 RUNNING_BATCHES = 4
+# Ranks whose adapters may share a batch from the start, without a capture: the paper's.
+SHARED_RANKS = (8,)
 # While judges look at all samples that there are, the lane looks up this often.
 PAUSE_S = 0.05
 
@@ -50,6 +53,7 @@ class Lane:
 
     def drive(self) -> None:
         """Turn after turn until the board is closed and empty; this is the lane's thread."""
+        self.runner.warm_up(SHARED_RANKS)
         self._calibrate()
         while self._attend():
             if not self._turn():

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from typing import Literal, get_args
 
@@ -18,9 +18,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from realfill.base import Base
 from realfill.complete.pipeline import conditions
 from realfill.complete.samplers import Sampler, advance, noise_for, sampler
+from service.engine.buckets import Buckets
 from service.engine.fused import FusedWeights
+from service.engine.fusion import install_fusion
 from service.engine.job import Job, Sampled
-from service.engine.layers import is_exact
+from service.engine.layers import Installed, is_exact
+from service.engine.sample import Conditions, Sample
 from service.engine.segmented import SegmentedWeights
 from service.engine.weights import Part, Weights
 from service.errors import Cancelled
@@ -38,47 +41,6 @@ AT_ONCE = 8
 # apart and 246 ms together, and eight of two 280 ms either way. Segmented: an estimate, the GPU's
 # crossover has not been measured.
 SPLIT_FROM = {"fused": 4, "segmented": 8}
-
-
-@dataclass(eq=False)
-class Conditions:
-    """What the U-Net is told of one job, on its device.
-
-    Attributes:
-        known: Mask and masked image. [1 + C, h, w]
-        prompt: [77, d]
-        table: The sampler.
-    """
-
-    known: Tensor
-    prompt: Tensor
-    table: Sampler
-
-
-@dataclass(eq=False)
-class Sample:
-    """One sample on its way.
-
-    Attributes:
-        digest: Of the adapter that draws it.
-        told: Its job's conditions.
-        seed: Of all its noise.
-        latents: Where it stands. [C, h, w], float32
-        history: The x0 predicted at the step before. [C, h, w], float32
-        index: Steps that it has made.
-    """
-
-    digest: str | None
-    told: Conditions
-    seed: int
-    latents: Tensor
-    history: Tensor
-    index: int = 0
-
-    @property
-    def finished(self) -> bool:
-        """Whether its latents are ready to decode."""
-        return self.index == self.told.table.steps
 
 
 class Runner:
@@ -100,6 +62,8 @@ class Runner:
             CUDA.
         split_from: Samples of one scene from which they run in a call of their own; None for 4
             where weights are fused and 8 where they are segmented.
+        static: Whether steps run in buckets of fixed size and memory, with fused group norms; on
+            CUDA they are captured as graphs. None for CUDA alone.
 
     Raises:
         ValueError: A choice that this machine cannot follow, or a number below 1.
@@ -114,6 +78,7 @@ class Runner:
         application: Application = "auto",
         arena_bytes: int | None = None,
         split_from: int | None = None,
+        static: bool | None = None,
     ) -> None:
         if max_samples < 1:
             raise ValueError(f"max_samples is {max_samples}; use 1 or more")
@@ -143,6 +108,12 @@ class Runner:
             base.unet, base.adapter_modules, budget_bytes=arena_bytes, split_from=split_from
         )
         self._samplers: dict[tuple[str, int], Sampler] = {}
+        self.buckets: Buckets | None = None
+        self._fused_norms = Installed()
+        if base.device.type == "cuda" if static is None else static:
+            base.unet.to(memory_format=_layout(base))
+            self._fused_norms = install_fusion(base.unet)
+            self.buckets = Buckets(base, max_samples, self._attending)
         if exact:
             self._show_sizes()
 
@@ -166,6 +137,20 @@ class Runner:
                     f"{name} of the job has shape {tuple(tensor.shape)}; this base takes {shape}"
                 )
         self._sampler(job.sampler, job.steps)
+
+    @torch.no_grad()
+    def warm_up(self, ranks: Sequence[int] = ()) -> None:
+        """Run every bucket once, merged and with slots, so that nothing is captured later.
+
+        Args:
+            ranks: Of the adapters that are to share batches.
+        """
+        if self.buckets is None:
+            return
+        self.buckets.warm_up((), lambda size: self.weights.apply([Part(None, size)], size))
+        for rank in ranks:
+            mode = self.weights.reserve(rank)
+            self.buckets.warm_up(mode, partial(self.weights.rehearse, mode))
 
     @torch.no_grad()
     def _show_sizes(self) -> None:
@@ -207,15 +192,20 @@ class Runner:
         groups = [list(group) for _, group in groupby(samples, lambda sample: sample.digest)]
         parts = [Part(group[0].digest, len(group)) for group in groups]
         for batch in self.weights.batches(parts):
-            self.weights.apply([parts[k] for k in batch])
             chosen = [sample for k in batch for sample in groups[k]]
+            room = self.buckets.size_for(len(chosen)) if self.buckets else len(chosen)
+            self.weights.apply([parts[k] for k in batch], room)
             size = len(chosen) if len(batch) > 1 else self._at_once
             for start in range(0, len(chosen), size):
                 self._advance(chosen[start : start + size])
 
     def _advance(self, samples: Sequence[Sample]) -> None:
         """One U-Net call on the weights as they are composed."""
-        for sample, latents, history in zip(samples, *self._predict(samples), strict=True):
+        if self.buckets is not None:
+            outcome = self.buckets.advance(samples, self.weights.mode)
+        else:
+            outcome = self._predict(samples)
+        for sample, latents, history in zip(samples, *outcome, strict=True):
             sample.latents, sample.history = latents, history
             sample.index += 1
 
@@ -309,6 +299,7 @@ class Runner:
 
     def release(self) -> None:
         """Leave the base as it was before."""
+        self._fused_norms.release()
         self.weights.release()
 
     def synchronize(self) -> None:
@@ -363,3 +354,8 @@ def choose_attention(
 def _stop_if(cancel: threading.Event) -> None:
     if cancel.is_set():
         raise Cancelled("the job was cancelled; send the request again if it is still wanted")
+
+
+def _layout(base: Base) -> torch.memory_format:
+    """How convolutions read best on the base's device."""
+    return torch.channels_last if base.device.type == "cuda" else torch.contiguous_format

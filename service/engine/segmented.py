@@ -167,7 +167,8 @@ class SegmentedWeights:
         self._class_of: dict[str, RankClass] = {}
         self._to_forget: set[str] = set()
         self._slots = Slots()
-        self._current: tuple[Part, ...] = ()
+        self._current: tuple[object, ...] = ()
+        self._rows_of: dict[tuple[int, int], Tensor] = {}
         self._installed = self._install(unet)
         self.writes = 0
 
@@ -225,7 +226,24 @@ class SegmentedWeights:
         """One call for all parts, but those that are large enough for a call of their own."""
         return divided(parts, self._split_from)
 
-    def apply(self, parts: Sequence[Part]) -> None:
+    @property
+    def mode(self) -> tuple[int, ...]:
+        """Ranks of the classes that samples of the batch have slots in."""
+        return tuple(rank_class.rank for rank_class, _ in self._slots.of)
+
+    def reserve(self, rank: int) -> tuple[int, ...]:
+        """Allocate the class of a rank; see ``Weights``."""
+        return (self._class_for(rank).rank,)
+
+    def rehearse(self, mode: tuple[int, ...], room: int) -> None:
+        """The base's weights, and slots of which no sample has one; see ``Weights``."""
+        self._swapper.hold(None)
+        self._slots.of = [
+            (self._classes[rank], self._rows(self._classes[rank], [-1] * room)) for rank in mode
+        ]
+        self._current = ()
+
+    def apply(self, parts: Sequence[Part], room: int | None = None) -> None:
         """Merge the one adapter of a batch, or name every sample's slot; see ``Weights``."""
         slots = [None if part.digest is None else self._held(part.digest) for part in parts]
         alone = len(parts) == 1
@@ -236,10 +254,12 @@ class SegmentedWeights:
                 "weights of the U-Net were written from elsewhere; what they drew was dropped, "
                 "send the request again"
             )
-        if tuple(parts) != self._current:
+        # Slots are part of it: an adapter may have left the arena and come back elsewhere.
+        wanted = (tuple(parts), tuple(slots), room)
+        if wanted != self._current:
             self._swapper.hold(merged)
-            self._slots.of = [] if alone else _slots_of(parts, slots)
-            self._current = tuple(parts)
+            self._slots.of = [] if alone else self._slots_of(parts, slots, room)
+            self._current = wanted
             self.writes += 1
 
     def tiers(self) -> Mapping[str, TierMetrics]:
@@ -276,25 +296,35 @@ class SegmentedWeights:
             self._classes[wide] = RankClass(self._modules, wide, self._left_bytes)
         return self._classes[wide]
 
+    def _slots_of(
+        self, parts: Sequence[Part], slots: Sequence[Slot | None], room: int | None
+    ) -> list[tuple[RankClass, Tensor]]:
+        """For each rank class in a batch, in rising order, the slot of every place."""
+        present = {s.rank_class.rank: s.rank_class for s in slots if s is not None}
+        found = []
+        for _, rank_class in sorted(present.items()):
+            rows: list[int] = []
+            for part, slot in zip(parts, slots, strict=True):
+                mine = slot is not None and slot.rank_class is rank_class
+                rows += [slot.row if mine and slot is not None else -1] * part.count
+            rows += [-1] * ((room or len(rows)) - len(rows))
+            found.append((rank_class, self._rows(rank_class, rows)))
+        return found
+
+    def _rows(self, rank_class: RankClass, rows: list[int]) -> Tensor:
+        """Slots on the device, for one class and number always in the same memory."""
+        key = (rank_class.rank, len(rows))
+        if key not in self._rows_of:
+            device = rank_class.scales.device
+            self._rows_of[key] = torch.empty(len(rows), dtype=torch.int64, device=device)
+        self._rows_of[key].copy_(torch.tensor(rows))
+        return self._rows_of[key]
+
     def _held(self, digest: str) -> Slot:
         try:
             return self._class_of[digest].tier[digest]
         except KeyError as error:
             raise RuntimeError(f"adapter {digest} is not ready; take it before its use") from error
-
-
-def _slots_of(
-    parts: Sequence[Part], slots: Sequence[Slot | None]
-) -> list[tuple[RankClass, Tensor]]:
-    """For each rank class in a batch, the slot of every sample."""
-    found = []
-    for rank_class in {id(s.rank_class): s.rank_class for s in slots if s is not None}.values():
-        rows: list[int] = []
-        for part, slot in zip(parts, slots, strict=True):
-            mine = slot is not None and slot.rank_class is rank_class
-            rows += [slot.row if mine and slot is not None else -1] * part.count
-        found.append((rank_class, torch.tensor(rows, device=rank_class.scales.device)))
-    return found
 
 
 def _pair(sides: object) -> tuple[int, int]:

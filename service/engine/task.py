@@ -13,7 +13,7 @@ from realfill.errors import InvalidCapsule
 from service.engine.batcher import Ready
 from service.engine.halving import survivors
 from service.engine.job import Job, Sampled
-from service.engine.runner import Sample
+from service.engine.sample import Sample
 
 
 @dataclass(eq=False)

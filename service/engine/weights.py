@@ -80,8 +80,25 @@ class Weights(Protocol):
         """Divide parts, by their places, into those that run in one call."""
         ...
 
-    def apply(self, parts: Sequence[Part]) -> None:
+    @property
+    def mode(self) -> tuple[int, ...]:
+        """Rank classes beside the weights as they are composed; none where those are merged."""
+        ...
+
+    def reserve(self, rank: int) -> tuple[int, ...]:
+        """Make room for adapters of a rank, and name the mode of batches of them."""
+        ...
+
+    def rehearse(self, mode: tuple[int, ...], room: int) -> None:
+        """Compose the network as for a batch of several scenes, none of whose samples has one."""
+        ...
+
+    def apply(self, parts: Sequence[Part], room: int | None = None) -> None:
         """Compose the network for a batch; every digest in it must have been taken.
+
+        Args:
+            parts: Of the batch.
+            room: Samples that the call is made for, where that is more than there are.
 
         Raises:
             SpoiltWeights: Weights were written from elsewhere. They are sound again afterwards, but

@@ -13,7 +13,8 @@ from realfill.base import Base
 from realfill.capsule import Adapter
 from realfill.errors import AdapterMismatch, InvalidCapsule
 from service.engine.job import Job
-from service.engine.runner import Application, Runner, Sample
+from service.engine.runner import Application, Runner
+from service.engine.sample import Sample
 from service.engine.segmented import padded
 from service.engine.weights import Part, SpoiltWeights, divided
 from tests.tiny import tiny_adapter, tiny_base

@@ -1,0 +1,169 @@
+"""Steps of fixed batch sizes in buffers of fixed address, which a CUDA graph can replay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+
+from kernels.sampler_step import sampler_step_
+from realfill.base import Base
+from realfill.complete.samplers import noise_for
+from service.engine.sample import Sample
+
+# What a step ran on: the rank classes beside the weights, none where an adapter is merged.
+Mode = tuple[int, ...]
+# Runs before a capture, in which libraries choose algorithms and allocate.
+WARM_UPS = 3
+
+
+def bucket_sizes(most: int) -> tuple[int, ...]:
+    """Powers of two up to the largest batch, and that."""
+    return tuple(sorted({*(2**k for k in range(most.bit_length()) if 2**k <= most), most}))
+
+
+class StaticStep:
+    """One denoising step of up to so many samples, always in the same memory.
+
+    Places that no sample has are computed too, with whatever they held last.
+
+    Args:
+        base: The resident model.
+        size: Samples.
+        attending: Makes the context that attention runs in.
+    """
+
+    def __init__(
+        self, base: Base, size: int, attending: Callable[[], AbstractContextManager[None]]
+    ) -> None:
+        self.size = size
+        self._base = base
+        self._attending = attending
+        device, dtype, config = base.device, base.dtype, base.unet.config
+        side, channels = base.size_px // base.cell_px, base.latent_channels
+        width = int(config.cross_attention_dim)
+        # Channels-last is how convolutions on tensor cores read.
+        self._layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+        known = int(config.in_channels) - channels
+        shape = (size, channels, side, side)
+        self.latents, self.history, self.noise = (torch.zeros(shape, device=device) for _ in "abc")
+        self.known = torch.zeros(size, known, side, side, device=device, dtype=dtype)
+        self.packed = torch.zeros(
+            size, int(config.in_channels), side, side, device=device, dtype=dtype
+        ).to(memory_format=self._layout)
+        self.prompt = torch.zeros(size, 77, width, device=device, dtype=dtype)
+        self.timesteps = torch.zeros(size, dtype=torch.long, device=device)
+        self.rows = torch.zeros(size, 6, device=device)
+        self._held: list[tuple[Sample, int]] = []
+
+    def fill(self, samples: Sequence[Sample]) -> None:
+        """Bring samples in; what the step before left there is not copied again."""
+        count = len(samples)
+        if [(id(s), s.index) for s in samples] != [(id(s), k) for s, k in self._held]:
+            self.latents[:count] = torch.stack([s.latents for s in samples])
+            self.history[:count] = torch.stack([s.history for s in samples])
+            self.known[:count] = torch.stack([s.told.known for s in samples])
+            self.prompt[:count] = torch.stack([s.told.prompt for s in samples])
+            channels = self.latents.shape[1]
+            self.packed[:, :channels] = self.latents
+            self.packed[:, channels:] = self.known
+        self.timesteps[:count] = torch.stack([s.told.table.timesteps[s.index] for s in samples])
+        self.rows[:count] = torch.stack([s.told.table.coefficients[s.index] for s in samples])
+        if any(s.told.table.stochastic for s in samples):
+            self.noise[:count] = torch.stack([_noise(s) for s in samples]).to(self.noise.device)
+        self._held = [(sample, sample.index + 1) for sample in samples]
+
+    def compute(self) -> None:
+        """The U-Net and the sampler, from buffers to buffers; packs the U-Net's next input."""
+        with self._attending():
+            prediction = self._base.unet(
+                self.packed, self.timesteps, encoder_hidden_states=self.prompt, return_dict=False
+            )[0]
+        sampler_step_(
+            self.latents,
+            self.history,
+            self.packed,
+            self.rows,
+            self.latents,
+            prediction,
+            self.known,
+            self.history,
+            self.noise,
+        )
+
+    def forget(self) -> None:
+        """Take nothing of what is in the buffers for known."""
+        self._held = []
+
+
+class Buckets:
+    """Static steps by batch size, captured once per mode on CUDA.
+
+    Attributes:
+        captures: Graphs captured so far; constant after the warm-up.
+    """
+
+    def __init__(
+        self, base: Base, most: int, attending: Callable[[], AbstractContextManager[None]]
+    ) -> None:
+        self.captures = 0
+        self._on_cuda = base.device.type == "cuda"
+        self._sizes = bucket_sizes(most)
+        self._steps = {size: StaticStep(base, size, attending) for size in self._sizes}
+        self._graphs: dict[tuple[int, Mode], torch.cuda.CUDAGraph] = {}
+
+    def size_for(self, count: int) -> int:
+        """The smallest bucket that holds so many samples."""
+        return next(size for size in self._sizes if size >= count)
+
+    def advance(self, samples: Sequence[Sample], mode: Mode) -> tuple[Tensor, Tensor]:
+        """The next latents and the predicted x0 of every sample. [N, C, h, w] twice, float32"""
+        step = self._steps[self.size_for(len(samples))]
+        step.fill(samples)
+        if self._on_cuda:
+            key = (step.size, mode)
+            if key not in self._graphs:
+                self._capture(step, mode)
+                step.forget()
+                step.fill(samples)
+            self._graphs[key].replay()
+        else:
+            step.compute()
+        count = len(samples)
+        return step.latents[:count].clone(), step.history[:count].clone()
+
+    def warm_up(self, mode: Mode, room: Callable[[int], None]) -> None:
+        """Capture a mode in every size.
+
+        Args:
+            mode: See ``Mode``.
+            room: Composes the network for so many samples of the mode.
+        """
+        for size in self._sizes:
+            room(size)
+            if self._on_cuda and (size, mode) not in self._graphs:
+                self._capture(self._steps[size], mode)
+            self._steps[size].forget()
+
+    def _capture(self, step: StaticStep, mode: Mode) -> None:
+        """Record what ``compute`` launches; the buffers are garbage afterwards."""
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            for _ in range(WARM_UPS):
+                step.compute()
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step.compute()
+        self._graphs[step.size, mode] = graph
+        self.captures += 1
+
+
+def _noise(sample: Sample) -> Tensor:
+    """Of the sample's next step; others' coefficient of it is zero."""
+    if sample.told.table.stochastic:
+        return noise_for(sample.seed, sample.index + 1, sample.latents.shape)
+    return torch.zeros(sample.latents.shape)

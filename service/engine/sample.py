@@ -1,0 +1,50 @@
+"""One sample on its way, and what the U-Net is told of its job."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from realfill.complete.samplers import Sampler
+
+
+@dataclass(eq=False)
+class Conditions:
+    """What the U-Net is told of one job, on its device.
+
+    Attributes:
+        known: Mask and masked image. [1 + C, h, w]
+        prompt: [77, d]
+        table: The sampler.
+    """
+
+    known: Tensor
+    prompt: Tensor
+    table: Sampler
+
+
+@dataclass(eq=False)
+class Sample:
+    """One sample on its way.
+
+    Attributes:
+        digest: Of the adapter that draws it.
+        told: Its job's conditions.
+        seed: Of all its noise.
+        latents: Where it stands. [C, h, w], float32
+        history: The x0 predicted at the step before. [C, h, w], float32
+        index: Steps that it has made.
+    """
+
+    digest: str | None
+    told: Conditions
+    seed: int
+    latents: Tensor
+    history: Tensor
+    index: int = 0
+
+    @property
+    def finished(self) -> bool:
+        """Whether its latents are ready to decode."""
+        return self.index == self.told.table.steps

@@ -1,0 +1,105 @@
+"""Steps in buckets of fixed memory give what steps in fresh memory give."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from realfill.base import Base
+from service.engine import Engine
+from service.engine.buckets import bucket_sizes
+from service.engine.fusion import install_fusion
+from service.engine.runner import Application, Runner
+from tests.service.engine.test_lane import WAIT_S
+from tests.service.engine.test_lane import job_for as lane_job
+from tests.service.engine.test_mixing import STEPS, begun, drawn, job_for
+from tests.tiny import tiny_adapter, tiny_base
+
+
+@pytest.fixture
+def base() -> Base:
+    """A tiny base of its own for each test."""
+    return tiny_base()
+
+
+def test_buckets_are_powers_of_two_and_the_largest_batch() -> None:
+    """Also where the largest is none."""
+    assert bucket_sizes(16) == (1, 2, 4, 8, 16)
+    assert bucket_sizes(6) == (1, 2, 4, 6)
+    assert bucket_sizes(1) == (1,)
+
+
+@pytest.mark.parametrize("application", ["fused", "segmented"])
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpm++2m"])
+def test_a_bucket_draws_what_a_loose_batch_draws(
+    base: Base, application: Application, sampler: str
+) -> None:
+    """Three scenes of three samples in a bucket of sixteen, two of them in one of eight."""
+    jobs = [job_for(base, name, k, sampler=sampler) for k, name in enumerate(("a", "b", "c"))]
+    loose = Runner(base, application=application, split_from=99)
+    expected = drawn(loose, jobs)
+    loose.release()
+    runner = Runner(base, application=application, split_from=99, static=True)
+    for chosen in ([0, 1, 2], [1, 2], [0]):
+        for k, got in zip(chosen, drawn(runner, [jobs[k] for k in chosen]), strict=True):
+            torch.testing.assert_close(got, expected[k], rtol=0, atol=2e-4)
+
+
+def test_samples_that_leave_a_bucket_take_nothing_with_them(base: Base) -> None:
+    """Steps with changing company; what was packed for others is never drawn with."""
+    jobs = [job_for(base, "a", 1), job_for(base, "b", 2, steps=STEPS)]
+    loose = Runner(base, application="segmented")
+    expected = [drawn(loose, [job])[0] for job in jobs]
+    loose.release()
+    runner = Runner(base, application="segmented", static=True)
+    one, other = (begun(runner, job) for job in jobs)
+    both = [*one, *other]
+    turns = [one, other, both, list(reversed(one)), other, both, one, other]
+    for moving in turns[: 2 * STEPS]:
+        if all(not sample.finished for sample in moving):
+            runner.step(moving)
+    while left := [sample for sample in both if not sample.finished]:
+        runner.step(left)
+    for samples, wanted in zip((one, other), expected, strict=True):
+        got = torch.stack([sample.latents for sample in samples])
+        torch.testing.assert_close(got, wanted, rtol=0, atol=2e-4)
+
+
+@torch.no_grad()
+def test_fused_norms_change_nothing_but_roundings(base: Base) -> None:
+    """Of the U-Net's prediction, and released, not even those."""
+    inputs = torch.randn(2, 9, 4, 4), torch.tensor([500, 20]), torch.randn(2, 77, 16)
+    plain = base.unet(*inputs).sample
+    installed = install_fusion(base.unet)
+    # Two in each of the eight residual blocks with their shared SiLU, and the last of all.
+    assert len(installed.modules) == 3 * 8 + 2
+    torch.testing.assert_close(base.unet(*inputs).sample, plain, rtol=1e-4, atol=1e-4)
+    installed.release()
+    assert torch.equal(base.unet(*inputs).sample, plain)
+
+
+@pytest.mark.gpu
+def test_nothing_is_captured_after_the_warm_up() -> None:
+    """Lone jobs, mixed batches of many sizes and swaps replay what was captured at the start."""
+    base = tiny_base()
+    for module in (base.unet, base.autoencoder):
+        module.to("cuda", torch.bfloat16)
+    with Engine(base) as engine:
+        engine.submit(lane_job(base)).result(WAIT_S)
+        buckets = engine.runner.buckets
+        assert buckets is not None
+        captured = buckets.captures
+        assert captured == 2 * len(bucket_sizes(16))
+        jobs = [
+            dataclasses.replace(
+                lane_job(base, seeds=tuple(range(k + 1)), steps=3 + k),
+                digest=f"scene{k}",
+                adapter=tiny_adapter(base, k, scale=0.1),
+            )
+            for k in range(5)
+        ]
+        for future in [engine.submit(job) for job in jobs * 3]:
+            assert bool(torch.isfinite(future.result(WAIT_S).samples).all())
+        assert buckets.captures == captured
