@@ -33,6 +33,7 @@ def candidates(
     *,
     capsule: bytes | None = None,
     steps: int | None = None,
+    sampler: str | None = None,
 ) -> Tensor:
     """Sample every seed, remove its seam and composite it over the target, as the service does.
 
@@ -43,6 +44,7 @@ def candidates(
         seeds: One candidate for each.
         capsule: Adapter and prompt of a scene; without it the base is alone with the same prompt.
         steps: U-Net calls per candidate; None for what the base is sampled with.
+        sampler: ddpm, ddim or dpm++2m; None for the base's own.
 
     Returns:
         Candidates on the CPU. [N, 3, S, S]
@@ -57,7 +59,7 @@ def candidates(
         mask=mask,
         seeds=tuple(seeds),
         steps=steps or base.steps,
-        sampler=base.sampler,
+        sampler=sampler or base.sampler,
     )
     samples = seamless(runner.run(job).samples.float().cpu(), target, mask)
     return composite(samples, target, mask, feather_px=feather_of(base.size_px))

@@ -1,0 +1,222 @@
+"""``python -m benchmarks.quality.confusion``: do photographs of one place match each other best?
+
+Every reference of every scene is matched with every other photograph there is. A matcher that is
+good for something finds more correspondences within a scene than across.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean
+
+import click
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+
+from benchmarks.quality.sampling import device_name
+from benchmarks.quality.summary import markdown_table
+from benchmarks.record import ROWS, record
+from realfill.errors import RealFillError
+from realfill.nano.demo import demo_scenes
+from realfill.nano.difficulties import synthetic_scenes
+from realfill.rank import Matcher, loftr, prepare_references, rank_candidates
+from realfill.scene import Scene, load_scene
+
+
+@dataclass(frozen=True)
+class Confusion:
+    """Matches of photographs, by the scenes that they show.
+
+    Attributes:
+        scenes: Names, in the order of the table.
+        means: Mean matches of a photograph of one scene (row) and one of another (column).
+        least_true: By scene, the fewest matches of two of its own photographs.
+        most_wrong: By scene, the most matches of one of its photographs with a foreign one.
+    """
+
+    scenes: tuple[str, ...]
+    means: tuple[tuple[float, ...], ...]
+    least_true: tuple[int, ...]
+    most_wrong: tuple[int, ...]
+
+    @property
+    def confused(self) -> tuple[str, ...]:
+        """Scenes of which some wrong pairing has as many matches as some true one."""
+        return tuple(
+            name
+            for name, true, wrong in zip(self.scenes, self.least_true, self.most_wrong, strict=True)
+            if wrong >= true
+        )
+
+    @property
+    def confused_on_average(self) -> tuple[str, ...]:
+        """Scenes that match some other scene at least as well as themselves, on average."""
+        return tuple(
+            name
+            for k, (name, row) in enumerate(zip(self.scenes, self.means, strict=True))
+            if max((mean for j, mean in enumerate(row) if j != k), default=0) >= row[k]
+        )
+
+
+def photographs_of(scene: Scene) -> list[Tensor]:
+    """The references, and where there is but one the true target as its partner."""
+    photos = list(scene.references)
+    if len(photos) == 1 and scene.truth is not None:
+        photos.append(scene.truth)
+    return photos
+
+
+def matches_of(matcher: Matcher, photos: Sequence[Tensor]) -> Tensor:
+    """Correspondences of every ordered pair of photographs, all over. [P, P]"""
+    prepared = prepare_references(matcher, photos)
+    rows = []
+    for photo in track(photos, description="match", console=Console(stderr=True)):
+        everywhere = torch.ones(photo.shape[-2:])
+        rows.append(
+            rank_candidates(matcher, photo[None], everywhere, prepared).per_reference[0].cpu()
+        )
+    return torch.stack(rows)
+
+
+def confusion_of(matcher: Matcher, scenes: Sequence[Scene]) -> Confusion:
+    """Match all photographs of all scenes; a photograph is never matched with itself.
+
+    Raises:
+        ValueError: There is but one scene, or a scene has no two photographs.
+    """
+    photos = [photographs_of(scene) for scene in scenes]
+    if len(scenes) < 2 or min(map(len, photos)) < 2:
+        raise ValueError(
+            "A confusion table needs two scenes, and two photographs of each: give --synthetic 6."
+        )
+    matches = matches_of(matcher, [photo for group in photos for photo in group])
+    owner = torch.tensor([k for k, group in enumerate(photos) for _ in group])
+    other = ~torch.eye(len(owner), dtype=torch.bool)
+    numbers = range(len(scenes))
+
+    def block(row: int, column: int) -> Tensor:
+        both = (owner[:, None] == row) & (owner[None, :] == column) & other
+        return matches[both]
+
+    def foreign(k: int) -> Tensor:
+        return matches[(owner[:, None] == k) != (owner[None, :] == k)]
+
+    return Confusion(
+        scenes=tuple(scene.name for scene in scenes),
+        means=tuple(tuple(float(block(r, c).double().mean()) for c in numbers) for r in numbers),
+        least_true=tuple(int(block(k, k).min()) for k in numbers),
+        most_wrong=tuple(int(foreign(k).max()) for k in numbers),
+    )
+
+
+def scenes_to_match(folder: Path | None, *, demo: bool, synthetic: int) -> list[Scene]:
+    """The demo's, every scene of the folder, and synthetic ones.
+
+    Two scenes with the same references, as inpainting and outpainting of one place, count once.
+    """
+    paths = sorted(folder.glob("*/target")) if folder is not None else []
+    found = [*(demo_scenes() if demo else ()), *(load_scene(path.parent) for path in paths)]
+    found += synthetic_scenes(synthetic)
+    seen: list[Scene] = []
+    for scene in found:
+        if not any(_same_references(scene, other) for other in seen):
+            seen.append(scene)
+    return seen
+
+
+def _same_references(first: Scene, second: Scene) -> bool:
+    return len(first.references) == len(second.references) and all(
+        torch.equal(a, b) for a, b in zip(first.references, second.references, strict=True)
+    )
+
+
+def markdown(found: Confusion) -> str:
+    """Means, and the two counts that decide."""
+    head = ["", *found.scenes, "least true", "most wrong"]
+    rows = [
+        [name, *(f"{mean:.0f}" for mean in row), str(true), str(wrong)]
+        for name, row, true, wrong in zip(
+            found.scenes, found.means, found.least_true, found.most_wrong, strict=True
+        )
+    ]
+    return markdown_table(head, rows)
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--matcher", "name", default="nano", show_default=True, help="Or outdoor, a file.")
+@click.option("--device", default="cpu", show_default=True)
+@click.option(
+    "--scenes",
+    "folder",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder of scenes; a truth is not needed.",
+)
+@click.option("--demo/--no-demo", default=True, help="The demo's two scenes too.")
+@click.option("--synthetic", type=click.IntRange(min=0), default=6, show_default=True)
+@click.option("--rows", type=click.Path(dir_okay=False, path_type=Path), default=ROWS)
+@click.option("--json", "as_json", is_flag=True, help="Print the table as JSON.")
+def main(
+    name: str,
+    device: str,
+    folder: Path | None,
+    demo: bool,
+    synthetic: int,
+    rows: Path,
+    as_json: bool,
+) -> None:
+    """Match photographs of the same and of different scenes, and print the confusion table.
+
+    \b
+        python -m benchmarks.quality.confusion --scenes ../shared/scenes
+    A cell is the mean number of correspondences of a photograph of its row's scene with one of
+    its column's. A scene with a single reference is matched with its true target.
+    """
+    try:
+        found = confusion_of(
+            loftr(name, device), scenes_to_match(folder, demo=demo, synthetic=synthetic)
+        )
+    except (RealFillError, ValueError) as error:
+        raise click.ClickException(str(error)) from error
+    diagonal = fmean(row[k] for k, row in enumerate(found.means))
+    across = fmean(x for k, row in enumerate(found.means) for j, x in enumerate(row) if j != k)
+    right = 1 - len(found.confused_on_average) / len(found.scenes)
+    record(
+        "rank.scenes_told_apart",
+        right,
+        "share",
+        target=1.0,
+        device=device_name(device),
+        path=rows,
+    )
+    record(
+        "rank.matches_true_pairs",
+        diagonal,
+        "matches",
+        peer="pairs of different scenes",
+        peer_value=across,
+        device=device_name(device),
+        path=rows,
+    )
+    if as_json:
+        report = asdict(found) | {
+            "confused": found.confused,
+            "confused_on_average": found.confused_on_average,
+        }
+        click.echo(json.dumps(report, indent=2))
+        return
+    click.echo(markdown(found))
+    click.echo(f"True pairs {diagonal:.0f} matches on average, wrong ones {across:.0f}.")
+    for label, names in (
+        ("on average", found.confused_on_average),
+        ("in their worst pairs", found.confused),
+    ):
+        click.echo(f"Confused {label}: {', '.join(names) or 'none'}")
+
+
+if __name__ == "__main__":
+    main()
