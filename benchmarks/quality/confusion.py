@@ -63,12 +63,35 @@ class Confusion:
         )
 
 
-def photographs_of(scene: Scene) -> list[Tensor]:
-    """The references, and where there is but one the true target as its partner."""
-    photos = list(scene.references)
-    if len(photos) == 1 and scene.truth is not None:
-        photos.append(scene.truth)
-    return photos
+@dataclass(frozen=True)
+class Site:
+    """One place with all photographs of it, at least two for a table. [3, H, W] each"""
+
+    name: str
+    photos: tuple[Tensor, ...]
+
+
+def sites_of(scenes: Sequence[Scene]) -> list[Site]:
+    """The places that scenes show: scenes that share a photograph are of one.
+
+    A scene gives its references, and its true target where it has but one reference.
+    """
+    found: list[Site] = []
+    for scene in scenes:
+        photos = list(scene.references)
+        if len(photos) == 1 and scene.truth is not None:
+            photos.append(scene.truth)
+        known = next((site for site in found if _shared(photos, site.photos)), None)
+        if known is None:
+            found.append(Site(scene.name, tuple(photos)))
+        else:
+            fresh = tuple(photo for photo in photos if not _shared([photo], known.photos))
+            found[found.index(known)] = Site(known.name, (*known.photos, *fresh))
+    return found
+
+
+def _shared(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
+    return any(torch.equal(a, b) for a in first for b in second)
 
 
 def matches_of(matcher: Matcher, photos: Sequence[Tensor]) -> Tensor:
@@ -83,21 +106,21 @@ def matches_of(matcher: Matcher, photos: Sequence[Tensor]) -> Tensor:
     return torch.stack(rows)
 
 
-def confusion_of(matcher: Matcher, scenes: Sequence[Scene]) -> Confusion:
-    """Match all photographs of all scenes; a photograph is never matched with itself.
+def confusion_of(matcher: Matcher, sites: Sequence[Site]) -> Confusion:
+    """Match all photographs of all places; a photograph is never matched with itself.
 
     Raises:
-        ValueError: There is but one scene, or a scene has no two photographs.
+        ValueError: There is but one place, or one has no two photographs.
     """
-    photos = [photographs_of(scene) for scene in scenes]
-    if len(scenes) < 2 or min(map(len, photos)) < 2:
+    photos = [site.photos for site in sites]
+    if len(sites) < 2 or min(map(len, photos)) < 2:
         raise ValueError(
-            "A confusion table needs two scenes, and two photographs of each: give --synthetic 6."
+            "A confusion table needs two places, and two photographs of each: give --synthetic 6."
         )
     matches = matches_of(matcher, [photo for group in photos for photo in group])
     owner = torch.tensor([k for k, group in enumerate(photos) for _ in group])
     other = ~torch.eye(len(owner), dtype=torch.bool)
-    numbers = range(len(scenes))
+    numbers = range(len(sites))
 
     def block(row: int, column: int) -> Tensor:
         both = (owner[:, None] == row) & (owner[None, :] == column) & other
@@ -107,7 +130,7 @@ def confusion_of(matcher: Matcher, scenes: Sequence[Scene]) -> Confusion:
         return matches[(owner[:, None] == k) != (owner[None, :] == k)]
 
     return Confusion(
-        scenes=tuple(scene.name for scene in scenes),
+        scenes=tuple(site.name for site in sites),
         means=tuple(tuple(float(block(r, c).double().mean()) for c in numbers) for r in numbers),
         least_true=tuple(int(block(k, k).min()) for k in numbers),
         most_wrong=tuple(int(foreign(k).max()) for k in numbers),
@@ -115,24 +138,10 @@ def confusion_of(matcher: Matcher, scenes: Sequence[Scene]) -> Confusion:
 
 
 def scenes_to_match(folder: Path | None, *, demo: bool, synthetic: int) -> list[Scene]:
-    """The demo's, every scene of the folder, and synthetic ones.
-
-    Two scenes with the same references, as inpainting and outpainting of one place, count once.
-    """
+    """The demo's, every scene of the folder, and synthetic ones."""
     paths = sorted(folder.glob("*/target")) if folder is not None else []
     found = [*(demo_scenes() if demo else ()), *(load_scene(path.parent) for path in paths)]
-    found += synthetic_scenes(synthetic)
-    seen: list[Scene] = []
-    for scene in found:
-        if not any(_same_references(scene, other) for other in seen):
-            seen.append(scene)
-    return seen
-
-
-def _same_references(first: Scene, second: Scene) -> bool:
-    return len(first.references) == len(second.references) and all(
-        torch.equal(a, b) for a, b in zip(first.references, second.references, strict=True)
-    )
+    return found + synthetic_scenes(synthetic)
 
 
 def markdown(found: Confusion) -> str:
@@ -174,11 +183,13 @@ def main(
     \b
         python -m benchmarks.quality.confusion --scenes ../shared/scenes
     A cell is the mean number of correspondences of a photograph of its row's scene with one of
-    its column's. A scene with a single reference is matched with its true target.
+    its column's. A scene with a single reference is matched with its true target; scenes that
+    share a photograph count as one.
     """
     try:
         found = confusion_of(
-            loftr(name, device), scenes_to_match(folder, demo=demo, synthetic=synthetic)
+            loftr(name, device),
+            sites_of(scenes_to_match(folder, demo=demo, synthetic=synthetic)),
         )
     except (RealFillError, ValueError) as error:
         raise click.ClickException(str(error)) from error

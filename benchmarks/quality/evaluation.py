@@ -148,10 +148,11 @@ class Bench:
         capsule: bytes | None,
         sampler: str | None = None,
         steps: int | None = None,
+        nearest: bool = False,
     ) -> Tensor:
         """Candidates as 8-bit files hold them, sampled now if they never were. [N, 3, S, S]"""
         base, square = self.runner.base, self.square(place)
-        made_by = (sampler or base.sampler, steps or self._steps, tuple(seeds))
+        made_by = (sampler or base.sampler, steps or self._steps, tuple(seeds), nearest)
         identity = hashlib.sha256(f"{base.fingerprint} {made_by}".encode())
         identity.update(hashlib.sha256(capsule or b"").digest())
         for part in (square.target, square.mask):
@@ -166,6 +167,7 @@ class Bench:
                 capsule=capsule,
                 sampler=made_by[0],
                 steps=made_by[1],
+                nearest=nearest,
             )
             keep(images, path)
         return load_file(path)["candidates"].float() / 255

@@ -105,10 +105,36 @@ def gain_interval(
         seeds = torch.randint(count, (scenes, count), generator=generator)
         s, q = score[drawn].gather(1, seeds), quality[drawn].gather(1, seeds)
         gains.append((kept_mean(s, q, rate) - q.mean(1)).mean())
+    return _interval(float((kept_mean(score, quality, rate) - quality.mean(1)).mean()), gains)
+
+
+def difference_interval(
+    first: Sequence[Tensor], second: Sequence[Tensor], *, seed: int = 0, resamples: int = RESAMPLES
+) -> Interval:
+    """How much better the first is, of the same scenes and seeds, over both.
+
+    Args:
+        first: Qualities, one row per scene, as many seeds in each. [N] each
+        second: Of the same scenes and seeds. [N] each
+        seed: Of the resampling.
+        resamples: How many.
+    """
+    gap = torch.stack(list(first)).double() - torch.stack(list(second)).double()
+    generator = torch.Generator().manual_seed(seed)
+    scenes, count = gap.shape
+    means = []
+    for _ in range(resamples):
+        drawn = torch.randint(scenes, (scenes,), generator=generator)
+        seeds = torch.randint(count, (scenes, count), generator=generator)
+        means.append(gap[drawn].gather(1, seeds).mean())
+    return _interval(float(gap.mean()), means)
+
+
+def _interval(mean: float, resampled: Sequence[Tensor]) -> Interval:
     tail = (1 - COVERAGE) / 2
-    spread = torch.stack(gains).quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64))
-    mean = float((kept_mean(score, quality, rate) - quality.mean(1)).mean())
-    return Interval(mean, float(spread[0]), float(spread[1]))
+    bounds = torch.tensor([tail, 1 - tail], dtype=torch.float64)
+    low, high = torch.stack(list(resampled)).quantile(bounds).tolist()
+    return Interval(mean, low, high)
 
 
 def ranks(values: Tensor) -> Tensor:

@@ -35,46 +35,49 @@ from realfill.sheet import contact_sheet, with_hole
 TILES = 6
 
 
-def bench_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Options that all commands of this package share."""
+def bench_options(*, synthetic: int, seeds: int) -> Callable[..., Callable[..., None]]:
+    """Options that the commands of this package share, with a command's own defaults."""
     folder = click.Path(file_okay=False, path_type=Path)
-    for option in reversed(
-        [
-            click.option("--base", "base_name", default="nano", show_default=True),
-            click.option("--device", default="cpu", show_default=True),
-            click.option(
-                "--matcher", default="nano", show_default=True, help="Or outdoor, a file."
-            ),
-            click.option(
-                "--scenes",
-                "folder",
-                type=folder,
-                help="RealBench, or any folder of scenes; those with target/gt count.",
-            ),
-            click.option("--demo/--no-demo", default=True, help="The demo's two scenes too."),
-            click.option("--synthetic", type=click.IntRange(min=0), default=10, show_default=True),
-            click.option("--seeds", type=click.IntRange(min=2), default=32, show_default=True),
-            click.option("--preset", "preset_name", default="demo", show_default=True),
-            click.option(
-                "--out",
-                type=folder,
-                default=Path("quality-out"),
-                show_default=True,
-                help="Report, sheets, plots, and candidates that another run takes up.",
-            ),
-            click.option(
-                "--capsules",
-                type=folder,
-                default=Path("adapt-out/capsules"),
-                show_default=True,
-                help="Adapters, trained once; adapt_report's are taken up too.",
-            ),
-            click.option("--rows", type=click.Path(dir_okay=False, path_type=Path), default=ROWS),
-            click.option("--json", "as_json", is_flag=True, help="Print the report as JSON."),
-        ]
-    ):
-        command = option(command)
-    return command
+    shared = [
+        click.option("--base", "base_name", default="nano", show_default=True),
+        click.option("--device", default="cpu", show_default=True),
+        click.option("--matcher", default="nano", show_default=True, help="Or outdoor, a file."),
+        click.option(
+            "--scenes",
+            "folder",
+            type=folder,
+            help="RealBench, or any folder of scenes; those with target/gt count.",
+        ),
+        click.option("--demo/--no-demo", default=True, help="The demo's two scenes too."),
+        click.option(
+            "--synthetic", type=click.IntRange(min=0), default=synthetic, show_default=True
+        ),
+        click.option("--seeds", type=click.IntRange(min=2), default=seeds, show_default=True),
+        click.option("--preset", "preset_name", default="demo", show_default=True),
+        click.option(
+            "--out",
+            type=folder,
+            default=Path("quality-out"),
+            show_default=True,
+            help="Report, sheets, plots, and candidates that another run takes up.",
+        ),
+        click.option(
+            "--capsules",
+            type=folder,
+            default=Path("adapt-out/capsules"),
+            show_default=True,
+            help="Adapters, trained once; adapt_report's are taken up too.",
+        ),
+        click.option("--rows", type=click.Path(dir_okay=False, path_type=Path), default=ROWS),
+        click.option("--json", "as_json", is_flag=True, help="Print the report as JSON."),
+    ]
+
+    def decorated(command: Callable[..., None]) -> Callable[..., None]:
+        for option in reversed(shared):
+            command = option(command)
+        return command
+
+    return decorated
 
 
 def progress_on(console: Console) -> Progress:
@@ -218,7 +221,7 @@ def record_rows(report: dict[str, Any], *, device: str, path: Path) -> None:
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@bench_options
+@bench_options(synthetic=10, seeds=32)
 @click.option("--steps", type=click.IntRange(min=1), help="Else what the base is sampled with.")
 @click.option(
     "--metric",

@@ -15,13 +15,12 @@ from benchmarks.quality.confusion import (
     confusion_of,
     main,
     markdown,
-    photographs_of,
-    scenes_to_match,
+    sites_of,
 )
 from benchmarks.record import read_rows
-from realfill.nano.demo import write_scene
 from realfill.nano.difficulties import synthetic_scene
 from realfill.rank import loftr
+from realfill.scene import Scene
 from tests.fakes import LightMatcher
 
 HAND = Confusion(("a", "b"), ((9.0, 2.0), (3.0, 2.5)), (8, 2), (4, 4))
@@ -40,7 +39,7 @@ def test_what_is_confused_by_hand() -> None:
 def test_the_embedded_matcher_tells_synthetic_scenes_apart() -> None:
     """True pairs have more matches than every wrong pairing, pair by pair."""
     scenes = [synthetic_scene("plain", seed=k, references=2) for k in range(3)]
-    found = confusion_of(loftr("nano"), scenes)
+    found = confusion_of(loftr("nano"), sites_of(scenes))
     assert found.confused == ()
     assert min(found.least_true) > 2 * max(found.most_wrong)
 
@@ -49,21 +48,25 @@ def test_a_single_reference_is_matched_with_the_truth() -> None:
     """Else there would be no pair; several references stay among themselves."""
     lone = synthetic_scene("plain", seed=0, references=1)
     assert lone.truth is not None
-    assert torch.equal(photographs_of(lone)[1], lone.truth)
-    assert len(photographs_of(synthetic_scene("plain", seed=0, references=3))) == 3
+    assert torch.equal(sites_of([lone])[0].photos[1], lone.truth)
+    assert len(sites_of([synthetic_scene("plain", seed=0, references=3)])[0].photos) == 3
     with pytest.raises(ValueError, match="two photographs of each"):
-        confusion_of(LightMatcher(), [lone, replace(lone, truth=None)])
-    with pytest.raises(ValueError, match="needs two scenes"):
-        confusion_of(LightMatcher(), [lone])
+        confusion_of(LightMatcher(), sites_of([synthetic_scene("plain", seed=1), _bare(lone)]))
+    with pytest.raises(ValueError, match="needs two places"):
+        confusion_of(LightMatcher(), sites_of([lone]))
 
 
-def test_scenes_with_the_same_references_count_once(tmp_path: Path) -> None:
-    """Else a place would be confused with itself."""
-    for name in ("one", "two"):
-        write_scene(synthetic_scene("plain", seed=0), tmp_path / name)
-    write_scene(synthetic_scene("plain", seed=1), tmp_path / "three")
-    found = scenes_to_match(tmp_path, demo=False, synthetic=0)
-    assert [scene.name for scene in found] == ["one", "three"]
+def test_scenes_that_share_a_photograph_are_one_place() -> None:
+    """Else a place would be confused with itself; what only one of them shows is added."""
+    first = synthetic_scene("plain", seed=0, references=3)
+    second = replace(first, name="other", references=(first.truth, *first.references[1:]))  # type: ignore[arg-type]
+    third = synthetic_scene("plain", seed=1)
+    found = sites_of([first, third, second])
+    assert [(site.name, len(site.photos)) for site in found] == [("plain_0", 4), ("plain_1", 3)]
+
+
+def _bare(scene: Scene) -> Scene:
+    return replace(scene, truth=None)
 
 
 @pytest.mark.weights

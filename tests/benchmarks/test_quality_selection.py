@@ -7,6 +7,7 @@ import torch
 from scipy import stats
 
 from benchmarks.quality.selection import (
+    difference_interval,
     filter_table,
     gain_interval,
     kept_mean,
@@ -105,3 +106,12 @@ def test_pooled_correlation_ranks_within_scenes() -> None:
 def test_standard_error_comes_from_the_seeds() -> None:
     """Variances 2 and 8 of two seeds each: sqrt(2 / 2 + 8 / 2) over 2 scenes."""
     assert standard_error([row(1, 3), row(0, 4)]) == pytest.approx(5**0.5 / 2)
+
+
+def test_a_paired_difference_does_not_see_the_scenes_levels() -> None:
+    """Half a decibel on every seed is half a decibel, however far the scenes are apart."""
+    second = [row(10, 12, 11), row(30, 31, 35)]
+    gap = difference_interval([x + 0.5 for x in second], second, resamples=50)
+    assert (gap.mean, gap.low, gap.high) == (0.5, 0.5, 0.5)
+    noisy = difference_interval([row(1, -1, 1, -1)], [row(0, 0, 0, 0)], resamples=100)
+    assert noisy.low < 0 < noisy.high

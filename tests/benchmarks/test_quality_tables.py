@@ -36,21 +36,11 @@ from benchmarks.record import read_rows
 from realfill.config import PRESETS, preset
 from realfill.nano.demo import write_scene
 from realfill.rank import rank_candidates
-from realfill.scene import Scene
+from tests.benchmarks.scenes import noise
 from tests.fakes import LightMatcher
 from tests.tiny import save_tiny_base
 
 QUICK = preset("demo", steps=2, batch=2, rank=2, pool=4, probe_every=0)
-
-
-def noise(name: str = "noise", seed: int = 0) -> Scene:
-    """Random pixels with a hole in the middle."""
-    generator = torch.Generator().manual_seed(seed)
-    mask = torch.zeros(40, 60)
-    mask[10:30, 20:40] = 1
-    truth = (torch.rand(3, 40, 60, generator=generator) * 255).round() / 255
-    references = ((torch.rand(3, 40, 40, generator=generator) * 255).round() / 255,)
-    return Scene(name, references, truth * (1 - mask) + mask, mask, truth, {})
 
 
 @pytest.fixture
