@@ -15,11 +15,11 @@ from rich.console import Console
 from rich.markdown import Markdown
 from torch import Tensor
 
-from benchmarks.quality.evaluation import Bench, Judgement, Place, places_of
+from benchmarks.quality.evaluation import OFFICIAL, Bench, Judgement, Place, places_of
 from benchmarks.quality.metric import Metric, metrics_of
 from benchmarks.quality.sampling import device_name
 from benchmarks.quality.selection import Interval, difference_interval, kept_mean
-from benchmarks.quality.summary import keys_by, markdown_table
+from benchmarks.quality.summary import markdown_table
 from benchmarks.quality.tables import adapters_of, bench_options, progress_on
 from benchmarks.record import record
 from realfill.config import preset
@@ -54,6 +54,7 @@ VARIANTS = (
 )
 # Of the default's own candidates: what ranking keeps of them, looking at the hole or everywhere.
 RANKINGS = (
+    Variant("top 25 %, ranked as the service does", ranked_by=OFFICIAL),
     Variant("top 25 %, ranked in the hole", ranked_by="count"),
     Variant("top 25 %, ranked in hole and rim", ranked_by="rim confidence"),
     Variant("top 25 %, ranked over the whole image", ranked_by="whole"),
@@ -97,7 +98,7 @@ def _counted(judgement: Judgement, metric: Metric, score: str | None) -> Tensor:
     quality = judgement.qualities[metric.name]
     if score is None:
         return quality
-    return torch.full_like(quality, float(kept_mean(keys_by(judgement, score), quality, 0.75)))
+    return torch.full_like(quality, float(kept_mean(judgement.scores[score], quality, 0.75)))
 
 
 def verdict_of(losses: Sequence[Interval]) -> str:

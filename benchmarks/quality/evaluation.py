@@ -19,6 +19,7 @@ from benchmarks.quality.adapt_report import scenes_of
 from benchmarks.quality.adaptation import Square, capsule_path, square_of, trained
 from benchmarks.quality.metric import Metric
 from benchmarks.quality.sampling import candidates
+from benchmarks.quality.selection import keys_of
 from realfill.adapt.training import Record, training_dtype
 from realfill.base import load_base
 from realfill.config import TrainingConfig, preset
@@ -30,7 +31,18 @@ from service.engine import Runner
 
 # Of the square's side: how far around the hole the score "rim" looks.
 RIM_SHARE = 3 / 32
-SCORES = ("count", "confidence", "rim", "rim confidence", "whole", "whole confidence")
+# What the service ranks by comes first; then correspondences in the hole, in hole and rim, and all
+# over, counted and summed by confidence.
+OFFICIAL = "ranking"
+SCORES = (
+    OFFICIAL,
+    "count",
+    "confidence",
+    "rim",
+    "rim confidence",
+    "whole",
+    "whole confidence",
+)
 # Where synthetic scenes begin, so that drawings that tests look at are not among them.
 FIRST_SEED = 100
 
@@ -56,7 +68,7 @@ class Judgement:
 
     Attributes:
         qualities: By metric, one number per candidate. [N] each
-        scores: By name of ``SCORES``. [N] each
+        scores: By name of ``SCORES``; the official one's are places, the best one's highest. [N]
         order: Candidates as the service ranks them, best first.
     """
 
@@ -179,7 +191,9 @@ class Bench:
         inside = rank_candidates(self._matcher, images, square.hole, references)
         whole = rank_candidates(self._matcher, images, torch.ones_like(square.hole), references)
         rim = dilate(square.hole, round(RIM_SHARE * square.hole.shape[-1]))
-        scores = {"count": inside.scores, "confidence": inside.confidence}
+        order = tuple(inside.order.tolist())
+        scores = {OFFICIAL: keys_of(order)}
+        scores |= {"count": inside.scores, "confidence": inside.confidence}
         scores |= dict(zip(("rim", "rim confidence"), within(whole, rim), strict=True))
         scores |= {"whole": whole.scores, "whole confidence": whole.confidence}
         qualities = {
@@ -192,7 +206,7 @@ class Bench:
         return Judgement(
             qualities,
             {name: score.double() for name, score in scores.items()},
-            tuple(inside.order.tolist()),
+            order,
         )
 
     def _path(self, place: Place) -> Path:

@@ -7,21 +7,15 @@ from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
 
-from torch import Tensor
-
-from benchmarks.quality.evaluation import SCORES, Judgement, Place
+from benchmarks.quality.evaluation import OFFICIAL, SCORES, Judgement, Place
 from benchmarks.quality.metric import Metric
 from benchmarks.quality.selection import (
     FILTER_RATES,
     filter_table,
     gain_interval,
-    keys_of,
     pooled_spearman,
     spearman,
 )
-
-# What the service ranks by, with its rule for ties; the other scores are shown beside it.
-OFFICIAL = "count"
 
 
 @dataclass(frozen=True)
@@ -31,11 +25,6 @@ class Entry:
     place: Place
     base: Judgement
     adapted: Judgement
-
-
-def keys_by(judgement: Judgement, score: str) -> Tensor:
-    """What a score ranks by, higher first; the official one's ties are broken. [N]"""
-    return keys_of(judgement.order) if score == OFFICIAL else judgement.scores[score]
 
 
 def table_one(entries: Sequence[Entry], metrics: Sequence[Metric]) -> dict[str, dict[str, float]]:
@@ -55,7 +44,7 @@ def table_two(entries: Sequence[Entry], metrics: Sequence[Metric]) -> dict[str, 
     """By score, the means that each filter rate keeps, and what keeping the top quarter gains."""
     found: dict[str, Any] = {}
     for score in SCORES:
-        keys = [keys_by(entry.adapted, score) for entry in entries]
+        keys = [entry.adapted.scores[score] for entry in entries]
         kept, gains = {}, {}
         for metric in metrics:
             quality = [entry.adapted.qualities[metric.name] for entry in entries]

@@ -19,7 +19,7 @@ from benchmarks.quality.evaluation import Bench, Judgement, Place, places_of
 from benchmarks.quality.metric import NETWORKS, Metric, metrics_of
 from benchmarks.quality.sampling import device_name
 from benchmarks.quality.selection import spearman, standard_error
-from benchmarks.quality.summary import OFFICIAL, markdown_table
+from benchmarks.quality.summary import markdown_table
 from benchmarks.quality.tables import adapters_of, bench_options, progress_on
 from benchmarks.record import record
 from realfill.config import preset
@@ -87,8 +87,8 @@ def lines_of(
                 sampler=name,
                 steps=steps,
                 means={m.name: fmean(float(q.mean()) for q in _rows(scenes, m)) for m in metrics},
-                matches=fmean(float(j.scores[OFFICIAL].mean()) for j in scenes),
-                agreement=fmean(spearman(a.scores[OFFICIAL], b.scores[OFFICIAL]) for a, b in pairs),
+                matches=fmean(float(j.scores["count"].mean()) for j in scenes),
+                agreement=fmean(spearman(a.scores["count"], b.scores["count"]) for a, b in pairs),
                 within=within,
                 accepted=all(within[m.name] for m in deciding),
             )

@@ -14,12 +14,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
 from benchmarks.quality.chart import chart
-from benchmarks.quality.evaluation import SCORES, Bench, Place, places_of
+from benchmarks.quality.evaluation import OFFICIAL, SCORES, Bench, Place, places_of
 from benchmarks.quality.metric import NETWORKS, Metric, metrics_of
 from benchmarks.quality.sampling import device_name
 from benchmarks.quality.selection import FILTER_RATES, ranks
 from benchmarks.quality.summary import (
-    OFFICIAL,
     Entry,
     correlations,
     markdown,
@@ -142,7 +141,7 @@ def _sheet(bench: Bench, entry: Entry, images: Tensor, seeds: Sequence[int]) -> 
     given += [("target", with_hole(square.target, square.mask)), ("truth", square.truth)]
 
     def tile(k: int) -> tuple[str, Tensor]:
-        count = int(judged.scores[OFFICIAL][k])
+        count = int(judged.scores["count"][k])
         caption = f"seed {seeds[k]}\n{judged.qualities['psnr_db'][k]:.1f} dB, {count} matches"
         return caption, images[k]
 

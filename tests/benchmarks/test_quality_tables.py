@@ -158,7 +158,7 @@ def test_the_command_writes_report_tables_sheets_and_rows(
     assert report["table_2"]["count"]["rates"] == list(FILTER_RATES)
     assert len(report["by_scene"][0]["adapted"]["scores"]["whole"]) == 4
     text = (out / "tables.md").read_text()
-    assert "| count, 75% filtered |" in text
+    assert "| ranking, 75% filtered |" in text
     assert {path.name for path in out.glob("*.png")} == {
         "noise0.png",
         "noise1.png",
@@ -167,7 +167,7 @@ def test_the_command_writes_report_tables_sheets_and_rows(
         "candidates.png",
     }
     rows = {row.name: row for row in read_rows(tmp_path / "rows.jsonl")}
-    gain = report["table_2"]["count"]["top25_gain"]
+    gain = report["table_2"]["ranking"]["top25_gain"]
     assert rows["rank.top25_psnr_gain_db"].value == gain["psnr_db"]["low"]
     assert rows["rank.top25_ssim_gain"].target == 0
     monkeypatch.setattr(evaluation, "trained", lambda path, *_: path.read_bytes())
