@@ -132,6 +132,41 @@ def judged_variant(
     return judged
 
 
+def lines_of(
+    bench: Bench,
+    places: Sequence[Place],
+    variants: Sequence[Variant],
+    seeds: Sequence[int],
+    metrics: Sequence[Metric],
+    console: Console,
+) -> list[Line]:
+    """The default, the variants, and what ranking keeps of the default's candidates."""
+
+    def judged(variant: Variant) -> list[Judgement]:
+        return judged_variant(variant, bench, places, seeds, metrics, console)
+
+    default = judged(DEFAULT)
+    lines = [line_of(DEFAULT, default, default, metrics)]
+    lines += [line_of(variant, judged(variant), default, metrics) for variant in variants]
+    return lines + [line_of(variant, default, default, metrics) for variant in RANKINGS]
+
+
+def contradicting(lines: Sequence[Line]) -> list[str]:
+    """Variants that are better than the default; rankings are none."""
+    rankings = {variant.name for variant in RANKINGS}
+    return [
+        line.name
+        for line in lines
+        if line.verdict == "default is worse" and line.name not in rankings
+    ]
+
+
+def record_row(count: int, *, device: str, path: Path) -> None:
+    """Keep how many defaults the table speaks against."""
+    name = "quality.defaults_contradicted"
+    record(name, count, "variants", better="lower", target=0.0, device=device, path=path)
+
+
 def markdown(lines: Sequence[Line], metrics: Sequence[Metric]) -> str:
     """One row per variant."""
     head = ["variant", *(m.name for m in metrics)]
@@ -190,13 +225,8 @@ def main(
         metrics = metrics_of(())
         places = places_of(folder, demo=demo, synthetic=synthetic, config=preset(preset_name))
         bench = Bench(base_name, device, matcher, capsules=capsules, samples=out / "samples")
-        work = (bench, places, range(seeds), metrics, console)
-        default = judged_variant(DEFAULT, *work)
-        lines = [line_of(DEFAULT, default, default, metrics)]
-        for variant in VARIANTS:
-            if not only or variant.name in only:
-                lines.append(line_of(variant, judged_variant(variant, *work), default, metrics))
-        lines += [line_of(variant, default, default, metrics) for variant in RANKINGS]
+        chosen = [v for v in VARIANTS if not only or v.name in only]
+        lines = lines_of(bench, places, chosen, range(seeds), metrics, console)
     except (RealFillError, ValueError) as error:
         raise click.ClickException(str(error)) from error
     report = {
@@ -208,16 +238,8 @@ def main(
     (out / "ablation.json").write_text(json.dumps(report, indent=2) + "\n")
     text = f"{len(places)} scenes x {seeds} seeds.\n\n" + markdown(lines, metrics)
     (out / "ablation.md").write_text(text)
-    against = [line.name for line in lines[: -len(RANKINGS)] if line.verdict == "default is worse"]
-    record(
-        "quality.defaults_contradicted",
-        len(against),
-        "variants",
-        better="lower",
-        target=0.0,
-        device=device_name(device),
-        path=rows,
-    )
+    against = contradicting(lines)
+    record_row(len(against), device=device_name(device), path=rows)
     if as_json:
         click.echo(json.dumps(report, indent=2))
         return

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import click
 import torch
@@ -43,6 +44,13 @@ class Confusion:
     means: tuple[tuple[float, ...], ...]
     least_true: tuple[int, ...]
     most_wrong: tuple[int, ...]
+
+    @property
+    def averages(self) -> tuple[float, float]:
+        """Mean of the table's diagonal, and of all else."""
+        cells = [(j == k, mean) for k, row in enumerate(self.means) for j, mean in enumerate(row)]
+        true, wrong = ([mean for same, mean in cells if same == kind] for kind in (True, False))
+        return fmean(true), fmean(wrong)
 
     @property
     def confused(self) -> tuple[str, ...]:
@@ -156,6 +164,16 @@ def markdown(found: Confusion) -> str:
     return markdown_table(head, rows)
 
 
+def record_rows(found: Confusion, *, device: str, path: Path) -> None:
+    """Keep the share of scenes told apart, and the mean matches of true and of wrong pairs."""
+    details: dict[str, Any] = {"device": device, "path": path}
+    right = 1 - len(found.confused_on_average) / len(found.scenes)
+    record("rank.scenes_told_apart", right, "share", target=1.0, **details)
+    true, wrong = found.averages
+    peer: dict[str, Any] = {"peer": "pairs of different scenes", "peer_value": wrong}
+    record("rank.matches_true_pairs", true, "matches", **peer, **details)
+
+
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--matcher", "name", default="nano", show_default=True, help="Or outdoor, a file.")
 @click.option("--device", default="cpu", show_default=True)
@@ -193,26 +211,7 @@ def main(
         )
     except (RealFillError, ValueError) as error:
         raise click.ClickException(str(error)) from error
-    diagonal = fmean(row[k] for k, row in enumerate(found.means))
-    across = fmean(x for k, row in enumerate(found.means) for j, x in enumerate(row) if j != k)
-    right = 1 - len(found.confused_on_average) / len(found.scenes)
-    record(
-        "rank.scenes_told_apart",
-        right,
-        "share",
-        target=1.0,
-        device=device_name(device),
-        path=rows,
-    )
-    record(
-        "rank.matches_true_pairs",
-        diagonal,
-        "matches",
-        peer="pairs of different scenes",
-        peer_value=across,
-        device=device_name(device),
-        path=rows,
-    )
+    record_rows(found, device=device_name(device), path=rows)
     if as_json:
         report = asdict(found) | {
             "confused": found.confused,
@@ -221,7 +220,8 @@ def main(
         click.echo(json.dumps(report, indent=2))
         return
     click.echo(markdown(found))
-    click.echo(f"True pairs {diagonal:.0f} matches on average, wrong ones {across:.0f}.")
+    true, wrong = found.averages
+    click.echo(f"True pairs {true:.0f} matches on average, wrong ones {wrong:.0f}.")
     for label, names in (
         ("on average", found.confused_on_average),
         ("in their worst pairs", found.confused),

@@ -120,19 +120,26 @@ def markdown(report: dict[str, Any], metrics: Sequence[Metric]) -> str:
     ]
     head = ["ranked by", *(f"{name} gain (95 %)" for name in names)]
     parts += ["## Gain of the top 25 % over all\n", markdown_table(head, gains)]
+    return "\n".join([*parts, *_correlation_parts(report["spearman"], names)])
+
+
+def _correlation_parts(found: dict[str, Any], names: Sequence[str]) -> list[str]:
     rho = [
         [score, *(f"{by[name]['mean']:+.2f} / {by[name]['pooled']:+.2f}" for name in names)]
-        for score, by in report["spearman"].items()
+        for score, by in found.items()
     ]
     head = ["score", *(f"{name}, mean / pooled" for name in names)]
-    parts += ["## Spearman's coefficient with the score\n", markdown_table(head, rho)]
-    official = report["spearman"][OFFICIAL]
+    official = found[OFFICIAL]
     each = [
         [scene, *(f"{official[name]['scenes'][scene]:+.2f}" for name in names)]
         for scene in official[names[0]]["scenes"]
     ]
-    parts += [f"## By scene, {OFFICIAL}\n", markdown_table(["scene", *names], each)]
-    return "\n".join(parts)
+    return [
+        "## Spearman's coefficient with the score\n",
+        markdown_table(head, rho),
+        f"## By scene, {OFFICIAL}\n",
+        markdown_table(["scene", *names], each),
+    ]
 
 
 def _cell(by: dict[str, Any], metric: Metric, place: int) -> str:

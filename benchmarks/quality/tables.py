@@ -34,45 +34,55 @@ from realfill.sheet import contact_sheet, with_hole
 TILES = 6
 
 
+FOLDER = click.Path(file_okay=False, path_type=Path)
+MODEL_OPTIONS = (
+    click.option("--base", "base_name", default="nano", show_default=True),
+    click.option("--device", default="cpu", show_default=True),
+    click.option("--matcher", default="nano", show_default=True, help="Or outdoor, a file."),
+    click.option("--preset", "preset_name", default="demo", show_default=True),
+    click.option(
+        "--scenes",
+        "folder",
+        type=FOLDER,
+        help="RealBench, or any folder of scenes; those with target/gt count.",
+    ),
+    click.option("--demo/--no-demo", default=True, help="The demo's two scenes too."),
+)
+OUTPUT_OPTIONS = (
+    click.option(
+        "--out",
+        type=FOLDER,
+        default=Path("quality-out"),
+        show_default=True,
+        help="Report, sheets, plots, and candidates that another run takes up.",
+    ),
+    click.option(
+        "--capsules",
+        type=FOLDER,
+        default=Path("adapt-out/capsules"),
+        show_default=True,
+        help="Adapters, trained once; adapt_report's are taken up too.",
+    ),
+    click.option("--rows", type=click.Path(dir_okay=False, path_type=Path), default=ROWS),
+    click.option("--json", "as_json", is_flag=True, help="Print the report as JSON."),
+)
+
+
 def bench_options(*, synthetic: int, seeds: int) -> Callable[..., Callable[..., None]]:
     """Options that the commands of this package share, with a command's own defaults."""
-    folder = click.Path(file_okay=False, path_type=Path)
-    shared = [
-        click.option("--base", "base_name", default="nano", show_default=True),
-        click.option("--device", default="cpu", show_default=True),
-        click.option("--matcher", default="nano", show_default=True, help="Or outdoor, a file."),
+    counts = (
         click.option(
-            "--scenes",
-            "folder",
-            type=folder,
-            help="RealBench, or any folder of scenes; those with target/gt count.",
-        ),
-        click.option("--demo/--no-demo", default=True, help="The demo's two scenes too."),
-        click.option(
-            "--synthetic", type=click.IntRange(min=0), default=synthetic, show_default=True
+            "--synthetic",
+            type=click.IntRange(min=0),
+            default=synthetic,
+            show_default=True,
+            help="How many synthetic scenes.",
         ),
         click.option("--seeds", type=click.IntRange(min=2), default=seeds, show_default=True),
-        click.option("--preset", "preset_name", default="demo", show_default=True),
-        click.option(
-            "--out",
-            type=folder,
-            default=Path("quality-out"),
-            show_default=True,
-            help="Report, sheets, plots, and candidates that another run takes up.",
-        ),
-        click.option(
-            "--capsules",
-            type=folder,
-            default=Path("adapt-out/capsules"),
-            show_default=True,
-            help="Adapters, trained once; adapt_report's are taken up too.",
-        ),
-        click.option("--rows", type=click.Path(dir_okay=False, path_type=Path), default=ROWS),
-        click.option("--json", "as_json", is_flag=True, help="Print the report as JSON."),
-    ]
+    )
 
     def decorated(command: Callable[..., None]) -> Callable[..., None]:
-        for option in reversed(shared):
+        for option in reversed((*MODEL_OPTIONS, *counts, *OUTPUT_OPTIONS)):
             command = option(command)
         return command
 
