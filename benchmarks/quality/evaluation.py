@@ -184,6 +184,19 @@ class Bench:
             keep(images, path)
         return load_file(path)["candidates"].float() / 255
 
+    def measured(
+        self, place: Place, images: Tensor, metrics: Sequence[Metric]
+    ) -> dict[str, Tensor]:
+        """Candidates against the truth, by metric. [N] each"""
+        square = self.square(place)
+        return {
+            metric.name: torch.tensor(
+                [metric.measure(image, square.truth, square.hole) for image in images],
+                dtype=torch.float64,
+            )
+            for metric in metrics
+        }
+
     def judged(self, place: Place, images: Tensor, metrics: Sequence[Metric]) -> Judgement:
         """Measure candidates against the truth, and score them against the references."""
         square = self.square(place)
@@ -196,15 +209,8 @@ class Bench:
         scores |= {"count": inside.scores, "confidence": inside.confidence}
         scores |= dict(zip(("rim", "rim confidence"), within(whole, rim), strict=True))
         scores |= {"whole": whole.scores, "whole confidence": whole.confidence}
-        qualities = {
-            metric.name: torch.tensor(
-                [metric.measure(image, square.truth, square.hole) for image in images],
-                dtype=torch.float64,
-            )
-            for metric in metrics
-        }
         return Judgement(
-            qualities,
+            self.measured(place, images, metrics),
             {name: score.double() for name, score in scores.items()},
             order,
         )

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
 
+from torch import Tensor
+
 from benchmarks.quality.evaluation import OFFICIAL, SCORES, Judgement, Place
 from benchmarks.quality.metric import Metric
 from benchmarks.quality.selection import (
@@ -20,23 +22,27 @@ from benchmarks.quality.selection import (
 
 @dataclass(frozen=True)
 class Entry:
-    """One scene's judgements, of the same seeds without and with its adapter."""
+    """One scene, the same seeds without and with its adapter.
+
+    Attributes:
+        base: Qualities of the base alone, by metric. [N] each
+        adapted: Qualities and scores with the adapter.
+    """
 
     place: Place
-    base: Judgement
+    base: dict[str, Tensor]
     adapted: Judgement
 
 
 def table_one(entries: Sequence[Entry], metrics: Sequence[Metric]) -> dict[str, dict[str, float]]:
     """Means over seeds, then scenes, of the base alone and of the adapted one."""
+    sides = {
+        "base": [entry.base for entry in entries],
+        "adapted": [entry.adapted.qualities for entry in entries],
+    }
     return {
-        side: {
-            metric.name: fmean(
-                float(getattr(entry, side).qualities[metric.name].mean()) for entry in entries
-            )
-            for metric in metrics
-        }
-        for side in ("base", "adapted")
+        side: {m.name: fmean(float(row[m.name].mean()) for row in rows) for m in metrics}
+        for side, rows in sides.items()
     }
 
 
@@ -82,15 +88,17 @@ def scene_report(entry: Entry) -> dict[str, Any]:
         "origin": entry.place.origin,
         "references": len(entry.place.scene.references),
         "configuration_digest": entry.place.config.digest,
-        **{
-            side: {
-                "qualities": {k: v.tolist() for k, v in judged.qualities.items()},
-                "scores": {k: v.tolist() for k, v in judged.scores.items()},
-                "order": list(judged.order),
-            }
-            for side, judged in (("base", entry.base), ("adapted", entry.adapted))
+        "base": {"qualities": _lists(entry.base)},
+        "adapted": {
+            "qualities": _lists(entry.adapted.qualities),
+            "scores": _lists(entry.adapted.scores),
+            "order": list(entry.adapted.order),
         },
     }
+
+
+def _lists(rows: dict[str, Tensor]) -> dict[str, list[float]]:
+    return {name: row.tolist() for name, row in rows.items()}
 
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

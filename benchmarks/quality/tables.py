@@ -136,8 +136,8 @@ def entries_of(
         for place, capsule in zip(places, capsules, strict=True):
             progress.update(task, note=place.scene.name)
             sides = [bench.candidates(place, seeds, capsule=c) for c in (None, capsule)]
-            judged = [bench.judged(place, images, metrics) for images in sides]
-            entry = Entry(place, *judged)
+            base = bench.measured(place, sides[0], metrics)
+            entry = Entry(place, base, bench.judged(place, sides[1], metrics))
             _sheet(bench, entry, sides[1], seeds).save(out / f"{place.scene.name}.png")
             entries.append(entry)
             progress.advance(task)

@@ -63,7 +63,7 @@ def entries() -> list[Entry]:
     """Two scenes: a score that knows the quality, and one that has it upside down."""
     place = Place(noise("good"), QUICK, "folder")
     other = Place(noise("bad"), QUICK, "folder")
-    base = judged([10, 10, 10, 10], [0, 0, 0, 0])
+    base = judged([10, 10, 10, 10], [0, 0, 0, 0]).qualities
     return [
         Entry(place, base, judged([11, 12, 13, 16], [1, 2, 3, 4])),
         Entry(other, base, judged([20, 22, 24, 26], [4, 3, 2, 1])),
