@@ -185,6 +185,11 @@ def record_rows(found: Confusion, *, device: str, path: Path) -> None:
 )
 @click.option("--demo/--no-demo", default=True, help="The demo's two scenes too.")
 @click.option("--synthetic", type=click.IntRange(min=0), default=6, show_default=True)
+@click.option(
+    "--working-px",
+    type=click.IntRange(min=64),
+    help="Long side that photographs are matched at, else the matcher's own.",
+)
 @click.option("--rows", type=click.Path(dir_okay=False, path_type=Path), default=ROWS)
 @click.option("--json", "as_json", is_flag=True, help="Print the table as JSON.")
 def main(
@@ -193,6 +198,7 @@ def main(
     folder: Path | None,
     demo: bool,
     synthetic: int,
+    working_px: int | None,
     rows: Path,
     as_json: bool,
 ) -> None:
@@ -205,13 +211,17 @@ def main(
     share a photograph count as one.
     """
     try:
+        matcher = loftr(name, device)
+        matcher.working_px = working_px or matcher.working_px
         found = confusion_of(
-            loftr(name, device),
+            matcher,
             sites_of(scenes_to_match(folder, demo=demo, synthetic=synthetic)),
         )
     except (RealFillError, ValueError) as error:
         raise click.ClickException(str(error)) from error
-    record_rows(found, device=device_name(device), path=rows)
+    # Another size is a trial: rows are of the matcher as it is used.
+    if working_px is None:
+        record_rows(found, device=device_name(device), path=rows)
     if as_json:
         report = asdict(found) | {
             "confused": found.confused,

@@ -82,3 +82,7 @@ def test_the_command_prints_and_records(tmp_path: Path) -> None:
         "rank.scenes_told_apart",
         "rank.matches_true_pairs",
     }
+    arguments = ["--no-demo", "--synthetic", "2", "--json", "--rows", str(rows)]
+    smaller = CliRunner().invoke(main, [*arguments, "--working-px", "128"])
+    assert json.loads(smaller.stdout)["means"][0][0] < report["means"][0][0] / 2
+    assert len(read_rows(rows)) == 2
