@@ -8,7 +8,11 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 LoraDropout = Literal["layer", "element", "all"]
+MaskReduction = Literal["max", "nearest"]
 MAX_RANK = 128
+# Options that came later, at the values that they had before they could be chosen: these are left
+# out of the digest, so that adapters trained before keep their names.
+IMPLIED = {"target_union": True, "mask_reduction": "max"}
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,10 @@ class TrainingConfig:
         full_from: The finished adapter is fused at full strength where at least this share of the
             target's window is known, and else in proportion: the less is known, the more the base's
             own continuation of it is worth. The paper has none, which is 0.
+        target_union: Whether the target's random masks are joined with its own hole, so that
+            nothing in it is shown; without, as some public code has it, for comparison.
+        mask_reduction: A latent cell is missing if any of its pixels is, or (nearest) if the one in
+            its middle is, as public code has it.
         pool: Pictures encoded once before training; 0 encodes fresh ones at every step.
         probe_every: Steps between two readings of the fixed probe; 0 for none.
         seed: Start of every random draw.
@@ -75,6 +83,8 @@ class TrainingConfig:
     known_weight: float = 1.0
     timestep_power: float = 1.0
     full_from: float = 0.0
+    target_union: bool = True
+    mask_reduction: MaskReduction = "max"
     pool: int = 0
     probe_every: int = 0
     seed: int = 0
@@ -99,6 +109,12 @@ class TrainingConfig:
         _require(
             self.lora_drop_mode in modes, "lora_drop_mode", self.lora_drop_mode, f"one of {modes}"
         )
+        _require(
+            self.mask_reduction in ("max", "nearest"),
+            "mask_reduction",
+            self.mask_reduction,
+            "max or nearest",
+        )
 
     @property
     def scale(self) -> float:
@@ -108,7 +124,8 @@ class TrainingConfig:
     @property
     def digest(self) -> str:
         """SHA-256 of the configuration's canonical JSON. 64 hex digits."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        chosen = {k: v for k, v in asdict(self).items() if k not in IMPLIED or v != IMPLIED[k]}
+        return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()
 
 
 def _require(holds: bool, name: str, value: object, bound: str) -> None:

@@ -66,12 +66,14 @@ def dilate(mask: Tensor, px: int) -> Tensor:
     return planes.reshape(mask.shape)
 
 
-def latent_mask(mask: Tensor, cell_px: int) -> Tensor:
+def latent_mask(mask: Tensor, cell_px: int, *, nearest: bool = False) -> Tensor:
     """Reduce a mask to latent cells: one missing pixel makes the whole cell missing.
 
     Args:
         mask: 1 where pixels are missing, else 0. [..., H, W]
         cell_px: Pixels along one latent cell.
+        nearest: Ask the pixel in each cell's middle alone, as public code does: cells at the rim
+            then count as known though some of their pixels are blank. For comparison.
 
     Returns:
         Mask over latent cells. [..., h, w]
@@ -85,5 +87,9 @@ def latent_mask(mask: Tensor, cell_px: int) -> Tensor:
             f"The mask is {width}x{height} pixels, which latent cells of {cell_px} pixels do not"
             f" tile: crop or resize it to a multiple of {cell_px}."
         )
-    planes = F.max_pool2d(mask.reshape(-1, 1, height, width), cell_px)
+    planes = mask.reshape(-1, 1, height, width)
+    if nearest:
+        planes = planes[..., cell_px // 2 :: cell_px, cell_px // 2 :: cell_px]
+    else:
+        planes = F.max_pool2d(planes, cell_px)
     return planes.reshape(*mask.shape[:-2], height // cell_px, width // cell_px)

@@ -145,11 +145,14 @@ def trained(
     config: TrainingConfig,
     on_record: Callable[[Record], None] = lambda _: None,
 ) -> bytes:
-    """The scene's capsule, from the file if it is there, else trained and kept in it."""
+    """The scene's capsule, from the file if it is there, else trained and kept in it.
+
+    An interrupted training goes on from a checkpoint beside the file.
+    """
     if path.is_file():
         return path.read_bytes()
     capsule = None
-    for record in train(base, scene, config):
+    for record in train(base, scene, config, checkpoint=path.with_suffix(".checkpoint")):
         on_record(record)
         capsule = record.capsule
     assert capsule is not None, "the last record of a training carries the capsule"

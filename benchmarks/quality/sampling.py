@@ -11,7 +11,10 @@ from torch import Tensor
 from realfill.base import PROMPT
 from realfill.capsule import read_capsule
 from realfill.complete.compositing import composite
+from realfill.complete.pipeline import conditions, denoise
+from realfill.complete.samplers import sampler as sampler_of
 from realfill.complete.seam import seamless
+from realfill.masks import latent_mask
 from service.engine import Job, Runner
 
 
@@ -33,6 +36,8 @@ def candidates(
     *,
     capsule: bytes | None = None,
     steps: int | None = None,
+    sampler: str | None = None,
+    nearest: bool = False,
 ) -> Tensor:
     """Sample every seed, remove its seam and composite it over the target, as the service does.
 
@@ -43,6 +48,9 @@ def candidates(
         seeds: One candidate for each.
         capsule: Adapter and prompt of a scene; without it the base is alone with the same prompt.
         steps: U-Net calls per candidate; None for what the base is sampled with.
+        sampler: ddpm, ddim or dpm++2m; None for the base's own.
+        nearest: Tell the U-Net the mask as ``latent_mask`` reduces it when asked so, for an
+            ablation.
 
     Returns:
         Candidates on the CPU. [N, 3, S, S]
@@ -57,7 +65,25 @@ def candidates(
         mask=mask,
         seeds=tuple(seeds),
         steps=steps or base.steps,
-        sampler=base.sampler,
+        sampler=sampler or base.sampler,
     )
-    samples = seamless(runner.run(job).samples.float().cpu(), target, mask)
+    sampled = _with_nearest_mask(runner, job) if nearest else runner.run(job).samples
+    samples = seamless(sampled.float().cpu(), target, mask)
     return composite(samples, target, mask, feather_px=feather_of(base.size_px))
+
+
+@torch.no_grad()
+def _with_nearest_mask(runner: Runner, job: Job) -> Tensor:
+    """What the runner does, but for the mask's reduction to cells. [N, 3, S, S]"""
+    base = runner.base
+    runner.swapper.apply(job.digest, job.adapter)
+    known = conditions(base, job.target, job.mask).clone()
+    cells = latent_mask(job.mask, base.cell_px, nearest=True)
+    known[:, :1] = cells.to(known)
+    table = sampler_of(job.sampler, base.scheduler.config, job.steps).to(base.device)
+    samples = []
+    for start in range(0, len(job.seeds), runner.max_samples):
+        seeds = job.seeds[start : start + runner.max_samples]
+        *_, latents = denoise(base, known, job.prompt_embedding, seeds, table)
+        samples.append(base.decode(latents))
+    return torch.cat(samples)

@@ -60,11 +60,15 @@ class Views:
         size_px: Resolution S of the base.
         config: Which windows, colours and holes are drawn.
 
+    Attributes:
+        nearest: Whether holes are reduced to cells by the pixel in each cell's middle.
+
     Source: RealFill, arXiv:2309.16668, section 3.3.
     """
 
     def __init__(self, scene: Scene, size_px: int, config: TrainingConfig) -> None:
         self._scene, self._size_px, self._config = scene, size_px, config
+        self.nearest = config.mask_reduction == "nearest"
         self._window = window_of(scene.mask, size_px)
         self._hole = crop_mask(scene.mask, self._window, size_px)
         # Above 1 where the hole is wider than the target's short side.
@@ -101,7 +105,10 @@ class Views:
         if index < len(references):
             pixels = self._recoloured(pixels, index, generator)
         own_hole = crop_mask(unknown, window, self._size_px)
-        return pixels, torch.maximum(self._mask(generator), own_hole), 1 - own_hole
+        mask = self._mask(generator)
+        if self._config.target_union:
+            mask = torch.maximum(mask, own_hole)
+        return pixels, mask, 1 - own_hole
 
     def _reference_window(self, index: int, generator: torch.Generator) -> Window:
         config, image, aligned = self._config, self._scene.references[index], self._aligned[index]
@@ -149,23 +156,26 @@ def draw(base: Base, views: Views, count: int, generator: torch.Generator) -> Dr
     """
     drawn = [views.draw(generator) for _ in range(count)]
     pixels, holes, weights = (torch.stack(parts) for parts in zip(*drawn, strict=True))
-    return encode(base, pixels, holes[:, None], weights[:, None])
+    return encode(base, pixels, holes[:, None], weights[:, None], nearest=views.nearest)
 
 
-def encode(base: Base, pixels: Tensor, holes: Tensor, weights: Tensor) -> Draws:
+def encode(
+    base: Base, pixels: Tensor, holes: Tensor, weights: Tensor, *, nearest: bool = False
+) -> Draws:
     """Encode crops and their masked selves in batches.
 
     Args:
         pixels: Crops in [0, 1]. [K, 3, S, S]
         holes: 1 where conditioning is missing. [K, 1, S, S]
         weights: 1 where the loss counts. [K, 1, S, S]
+        nearest: Reduce the holes to cells as ``latent_mask`` does when asked so.
     """
     greyed = pixels * (1 - holes) + 0.5 * holes
     latents = torch.cat([base.encode(part) for part in pixels.split(ENCODE_BATCH)])
     masked = torch.cat([base.encode(part) for part in greyed.split(ENCODE_BATCH)])
     # A cell counts only if all of its pixels are known.
     cells = 1 - latent_mask(1 - weights, base.cell_px)
-    masks = latent_mask(holes, base.cell_px)
+    masks = latent_mask(holes, base.cell_px, nearest=nearest)
     device = latents.device
     return Draws(latents.float(), masked.float(), masks.to(device), cells.to(device))
 

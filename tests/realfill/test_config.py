@@ -26,6 +26,15 @@ def test_digest_names_the_whole_configuration() -> None:
     assert paper.digest != dataclasses.replace(paper, seed=1).digest
 
 
+def test_options_that_came_later_leave_older_digests_alone() -> None:
+    """At what was implied before they do not count, at any other value they do."""
+    demo = PRESETS["demo"]
+    assert demo.digest.startswith("29c85a11d5cd54e6")
+    changed = {preset("demo", target_union=False).digest}
+    changed |= {preset("demo", mask_reduction="nearest").digest, demo.digest}
+    assert len(changed) == 3
+
+
 def test_preset_takes_changes() -> None:
     """A change wins over the preset, the rest stays."""
     changed = preset("demo", steps=3)
@@ -41,6 +50,7 @@ def test_preset_takes_changes() -> None:
         ({"mask_dropout": 1.0}, "mask_dropout is 1.0"),
         ({"rate_unet": 0.0}, "rate_unet is 0.0"),
         ({"lora_drop_mode": "some"}, "lora_drop_mode is 'some'"),
+        ({"mask_reduction": "mean"}, "mask_reduction is 'mean'"),
         ({"colour": 1}, "Unknown training option 'colour'"),
     ],
 )

@@ -101,6 +101,15 @@ def test_latent_mask_one_pixel_makes_the_cell_missing() -> None:
     assert latent_mask(mask, 8).tolist() == [[[0, 1, 0], [0, 0, 0]], [[0, 0, 0], [0, 0, 1]]]
 
 
+def test_latent_mask_nearest_asks_the_middle_alone() -> None:
+    """A missing pixel beside a cell's middle is overlooked, the one in the middle is not."""
+    mask = torch.zeros(16, 16)
+    mask[3, 3] = mask[4, 12] = mask[15, 15] = 1
+
+    assert latent_mask(mask, 8, nearest=True).tolist() == [[0, 1], [0, 0]]
+    assert latent_mask(mask, 8).tolist() == [[1, 1], [0, 1]]
+
+
 def test_latent_mask_refuses_a_size_that_cells_do_not_tile() -> None:
     """The message names size, cell and remedy."""
     with pytest.raises(InvalidScene, match=r"20x16 pixels.*8 pixels.*multiple of 8"):

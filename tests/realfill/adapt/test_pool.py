@@ -128,3 +128,18 @@ def test_shares_are_shares(name: str) -> None:
     """Anything outside of [0, 1] is refused by name."""
     with pytest.raises(ValueError, match=name):
         TrainingConfig(**{name: 1.5})
+
+
+def test_without_the_union_the_hole_of_the_target_is_shown(scene: Scene) -> None:
+    """What an ablation compares with: a target's draw whose mask leaves part of its hole open."""
+    shown = {
+        union: [
+            bool((hole < 1 - weights).any())
+            for _, hole, weights in draws_of(scene, target_union=union)
+            if bool((weights == 0).any())
+        ]
+        for union in (True, False)
+    }
+    assert len(shown[True]) == len(shown[False]) > 0
+    assert not any(shown[True])
+    assert any(shown[False])

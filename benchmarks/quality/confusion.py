@@ -1,0 +1,243 @@
+"""``python -m benchmarks.quality.confusion``: do photographs of one place match each other best?
+
+Every reference of every scene is matched with every other photograph there is. A matcher that is
+good for something finds more correspondences within a scene than across.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import click
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+
+from benchmarks.quality.sampling import device_name
+from benchmarks.quality.summary import markdown_table
+from benchmarks.record import ROWS, record
+from realfill.errors import RealFillError
+from realfill.nano.demo import demo_scenes
+from realfill.nano.difficulties import synthetic_scenes
+from realfill.rank import Matcher, loftr, prepare_references, rank_candidates
+from realfill.scene import Scene, load_scene
+
+
+@dataclass(frozen=True)
+class Confusion:
+    """Matches of photographs, by the scenes that they show.
+
+    Attributes:
+        scenes: Names, in the order of the table.
+        means: Mean matches of a photograph of one scene (row) and one of another (column).
+        least_true: By scene, the fewest matches of two of its own photographs.
+        most_wrong: By scene, the most matches of one of its photographs with a foreign one.
+    """
+
+    scenes: tuple[str, ...]
+    means: tuple[tuple[float, ...], ...]
+    least_true: tuple[int, ...]
+    most_wrong: tuple[int, ...]
+
+    @property
+    def averages(self) -> tuple[float, float]:
+        """Mean of the table's diagonal, and of all else."""
+        cells = [(j == k, mean) for k, row in enumerate(self.means) for j, mean in enumerate(row)]
+        true, wrong = ([mean for same, mean in cells if same == kind] for kind in (True, False))
+        return fmean(true), fmean(wrong)
+
+    @property
+    def confused(self) -> tuple[str, ...]:
+        """Scenes of which some wrong pairing has as many matches as some true one."""
+        return tuple(
+            name
+            for name, true, wrong in zip(self.scenes, self.least_true, self.most_wrong, strict=True)
+            if wrong >= true
+        )
+
+    @property
+    def confused_on_average(self) -> tuple[str, ...]:
+        """Scenes that match some other scene at least as well as themselves, on average."""
+        return tuple(
+            name
+            for k, (name, row) in enumerate(zip(self.scenes, self.means, strict=True))
+            if max((mean for j, mean in enumerate(row) if j != k), default=0) >= row[k]
+        )
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place with all photographs of it, at least two for a table. [3, H, W] each"""
+
+    name: str
+    photos: tuple[Tensor, ...]
+
+
+def sites_of(scenes: Sequence[Scene]) -> list[Site]:
+    """The places that scenes show: scenes that share a photograph are of one.
+
+    A scene gives its references, and its true target where it has but one reference.
+    """
+    found: list[Site] = []
+    for scene in scenes:
+        photos = list(scene.references)
+        if len(photos) == 1 and scene.truth is not None:
+            photos.append(scene.truth)
+        known = next((site for site in found if _shared(photos, site.photos)), None)
+        if known is None:
+            found.append(Site(scene.name, tuple(photos)))
+        else:
+            fresh = tuple(photo for photo in photos if not _shared([photo], known.photos))
+            found[found.index(known)] = Site(known.name, (*known.photos, *fresh))
+    return found
+
+
+def _shared(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
+    return any(torch.equal(a, b) for a in first for b in second)
+
+
+def matches_of(matcher: Matcher, photos: Sequence[Tensor]) -> Tensor:
+    """Correspondences of every ordered pair of photographs, all over. [P, P]"""
+    prepared = prepare_references(matcher, photos)
+    rows = []
+    for photo in track(photos, description="match", console=Console(stderr=True)):
+        everywhere = torch.ones(photo.shape[-2:])
+        rows.append(
+            rank_candidates(matcher, photo[None], everywhere, prepared).per_reference[0].cpu()
+        )
+    return torch.stack(rows)
+
+
+def confusion_of(matcher: Matcher, sites: Sequence[Site]) -> Confusion:
+    """Match all photographs of all places; a photograph is never matched with itself.
+
+    Raises:
+        ValueError: There is but one place, or one has no two photographs.
+    """
+    photos = [site.photos for site in sites]
+    if len(sites) < 2 or min(map(len, photos)) < 2:
+        raise ValueError(
+            "A confusion table needs two places, and two photographs of each: give --synthetic 6."
+        )
+    matches = matches_of(matcher, [photo for group in photos for photo in group])
+    owner = torch.tensor([k for k, group in enumerate(photos) for _ in group])
+    other = ~torch.eye(len(owner), dtype=torch.bool)
+    numbers = range(len(sites))
+
+    def block(row: int, column: int) -> Tensor:
+        both = (owner[:, None] == row) & (owner[None, :] == column) & other
+        return matches[both]
+
+    def foreign(k: int) -> Tensor:
+        return matches[(owner[:, None] == k) != (owner[None, :] == k)]
+
+    return Confusion(
+        scenes=tuple(site.name for site in sites),
+        means=tuple(tuple(float(block(r, c).double().mean()) for c in numbers) for r in numbers),
+        least_true=tuple(int(block(k, k).min()) for k in numbers),
+        most_wrong=tuple(int(foreign(k).max()) for k in numbers),
+    )
+
+
+def scenes_to_match(folder: Path | None, *, demo: bool, synthetic: int) -> list[Scene]:
+    """The demo's, every scene of the folder, and synthetic ones."""
+    paths = sorted(folder.glob("*/target")) if folder is not None else []
+    found = [*(demo_scenes() if demo else ()), *(load_scene(path.parent) for path in paths)]
+    return found + synthetic_scenes(synthetic)
+
+
+def markdown(found: Confusion) -> str:
+    """Means, and the two counts that decide."""
+    head = ["", *found.scenes, "least true", "most wrong"]
+    rows = [
+        [name, *(f"{mean:.0f}" for mean in row), str(true), str(wrong)]
+        for name, row, true, wrong in zip(
+            found.scenes, found.means, found.least_true, found.most_wrong, strict=True
+        )
+    ]
+    return markdown_table(head, rows)
+
+
+def record_rows(found: Confusion, *, device: str, path: Path) -> None:
+    """Keep the share of scenes told apart, and the mean matches of true and of wrong pairs."""
+    details: dict[str, Any] = {"device": device, "path": path}
+    right = 1 - len(found.confused_on_average) / len(found.scenes)
+    record("rank.scenes_told_apart", right, "share", target=1.0, **details)
+    true, wrong = found.averages
+    peer: dict[str, Any] = {"peer": "pairs of different scenes", "peer_value": wrong}
+    record("rank.matches_true_pairs", true, "matches", **peer, **details)
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--matcher", "name", default="nano", show_default=True, help="Or outdoor, a file.")
+@click.option("--device", default="cpu", show_default=True)
+@click.option(
+    "--scenes",
+    "folder",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder of scenes; a truth is not needed.",
+)
+@click.option("--demo/--no-demo", default=True, help="The demo's two scenes too.")
+@click.option("--synthetic", type=click.IntRange(min=0), default=6, show_default=True)
+@click.option(
+    "--working-px",
+    type=click.IntRange(min=64),
+    help="Long side that photographs are matched at, else the matcher's own.",
+)
+@click.option("--rows", type=click.Path(dir_okay=False, path_type=Path), default=ROWS)
+@click.option("--json", "as_json", is_flag=True, help="Print the table as JSON.")
+def main(
+    name: str,
+    device: str,
+    folder: Path | None,
+    demo: bool,
+    synthetic: int,
+    working_px: int | None,
+    rows: Path,
+    as_json: bool,
+) -> None:
+    """Match photographs of the same and of different scenes, and print the confusion table.
+
+    \b
+        python -m benchmarks.quality.confusion --scenes ../shared/scenes
+    A cell is the mean number of correspondences of a photograph of its row's scene with one of
+    its column's. A scene with a single reference is matched with its true target; scenes that
+    share a photograph count as one.
+    """
+    try:
+        matcher = loftr(name, device)
+        matcher.working_px = working_px or matcher.working_px
+        found = confusion_of(
+            matcher,
+            sites_of(scenes_to_match(folder, demo=demo, synthetic=synthetic)),
+        )
+    except (RealFillError, ValueError) as error:
+        raise click.ClickException(str(error)) from error
+    # Another size is a trial: rows are of the matcher as it is used.
+    if working_px is None:
+        record_rows(found, device=device_name(device), path=rows)
+    if as_json:
+        report = asdict(found) | {
+            "confused": found.confused,
+            "confused_on_average": found.confused_on_average,
+        }
+        click.echo(json.dumps(report, indent=2))
+        return
+    click.echo(markdown(found))
+    true, wrong = found.averages
+    click.echo(f"True pairs {true:.0f} matches on average, wrong ones {wrong:.0f}.")
+    for label, names in (
+        ("on average", found.confused_on_average),
+        ("in their worst pairs", found.confused),
+    ):
+        click.echo(f"Confused {label}: {', '.join(names) or 'none'}")
+
+
+if __name__ == "__main__":
+    main()
