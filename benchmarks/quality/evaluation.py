@@ -136,7 +136,7 @@ class Bench:
     ) -> None:
         self._learner = load_base(base_name, device=device, dtype=training_dtype(device))
         self.runner = Runner(load_base(base_name, device=device))
-        self._matcher = loftr(matcher, device)
+        self.matcher = loftr(matcher, device)
         self._capsules, self._samples = capsules, samples
         self._steps = steps or self.runner.base.steps
 
@@ -200,9 +200,9 @@ class Bench:
     def judged(self, place: Place, images: Tensor, metrics: Sequence[Metric]) -> Judgement:
         """Measure candidates against the truth, and score them against the references."""
         square = self.square(place)
-        references = prepare_references(self._matcher, place.scene.references)
-        inside = rank_candidates(self._matcher, images, square.hole, references)
-        whole = rank_candidates(self._matcher, images, torch.ones_like(square.hole), references)
+        references = prepare_references(self.matcher, place.scene.references)
+        inside = rank_candidates(self.matcher, images, square.hole, references)
+        whole = rank_candidates(self.matcher, images, torch.ones_like(square.hole), references)
         rim = dilate(square.hole, round(RIM_SHARE * square.hole.shape[-1]))
         order = tuple(inside.order.tolist())
         scores = {OFFICIAL: keys_of(order)}

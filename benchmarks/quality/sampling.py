@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -11,11 +11,10 @@ from torch import Tensor
 from realfill.base import PROMPT
 from realfill.capsule import read_capsule
 from realfill.complete.compositing import composite
-from realfill.complete.pipeline import conditions, denoise
-from realfill.complete.samplers import sampler as sampler_of
 from realfill.complete.seam import seamless
 from realfill.masks import latent_mask
 from service.engine import Job, Runner
+from service.engine.sample import Sample
 
 
 def feather_of(size_px: int) -> int:
@@ -55,9 +54,26 @@ def candidates(
     Returns:
         Candidates on the CPU. [N, 3, S, S]
     """
+    job = job_for(runner, target, mask, seeds, capsule=capsule, steps=steps, sampler=sampler)
+    sampled = _with_nearest_mask(runner, job) if nearest else runner.run(job).samples
+    samples = seamless(sampled.float().cpu(), target, mask)
+    return composite(samples, target, mask, feather_px=feather_of(runner.base.size_px))
+
+
+def job_for(
+    runner: Runner,
+    target: Tensor,
+    mask: Tensor,
+    seeds: Sequence[int],
+    *,
+    capsule: bytes | None,
+    steps: int | None = None,
+    sampler: str | None = None,
+) -> Job:
+    """What is sampled; arguments as for ``candidates``."""
     base = runner.base
     read = None if capsule is None else read_capsule(capsule, base)
-    job = Job(
+    return Job(
         digest=None if capsule is None else hashlib.sha256(capsule).hexdigest(),
         adapter=None if read is None else read.adapter,
         prompt_embedding=base.embed(PROMPT).detach() if read is None else read.prompt_embedding,
@@ -67,23 +83,40 @@ def candidates(
         steps=steps or base.steps,
         sampler=sampler or base.sampler,
     )
-    sampled = _with_nearest_mask(runner, job) if nearest else runner.run(job).samples
-    samples = seamless(sampled.float().cpu(), target, mask)
-    return composite(samples, target, mask, feather_px=feather_of(base.size_px))
 
 
-@torch.no_grad()
 def _with_nearest_mask(runner: Runner, job: Job) -> Tensor:
     """What the runner does, but for the mask's reduction to cells. [N, 3, S, S]"""
-    base = runner.base
-    runner.swapper.apply(job.digest, job.adapter)
-    known = conditions(base, job.target, job.mask).clone()
-    cells = latent_mask(job.mask, base.cell_px, nearest=True)
-    known[:, :1] = cells.to(known)
-    table = sampler_of(job.sampler, base.scheduler.config, job.steps).to(base.device)
-    samples = []
-    for start in range(0, len(job.seeds), runner.max_samples):
-        seeds = job.seeds[start : start + runner.max_samples]
-        *_, latents = denoise(base, known, job.prompt_embedding, seeds, table)
-        samples.append(base.decode(latents))
-    return torch.cat(samples)
+    samples = drawn(runner, job, nearest=True)
+    return runner.decode([sample.latents for sample in samples])
+
+
+def drawn(
+    runner: Runner,
+    job: Job,
+    *,
+    nearest: bool = False,
+    after_step: Callable[[int, list[Sample]], None] = lambda step, samples: None,
+) -> list[Sample]:
+    """A job's samples after their last step, not decoded.
+
+    Args:
+        runner: The base and its lane's work.
+        job: Its cancel flag and its listener are not looked at.
+        nearest: As for ``candidates``.
+        after_step: Called with the steps that the samples have made.
+    """
+    if job.digest is not None and job.adapter is not None:
+        runner.weights.take(job.digest, job.adapter)
+    samples = runner.begin(job)
+    if nearest:
+        told = samples[0].told
+        cells = latent_mask(job.mask, runner.base.cell_px, nearest=True)
+        told.known = torch.cat([cells[None].to(told.known), told.known[1:]])
+    for step in range(1, job.steps + 1):
+        for start in range(0, len(samples), runner.max_samples):
+            runner.step(samples[start : start + runner.max_samples])
+        after_step(step, samples)
+    if job.digest is not None:
+        runner.weights.give_back(job.digest)
+    return samples
