@@ -87,7 +87,9 @@ def test_chunks_do_not_change_the_matches(monkeypatch: pytest.MonkeyPatch) -> No
     images0, images1 = _images(64, 64)
     features = matcher.features(images0), matcher.features(images1)
     together = matcher.match(*features)
-    monkeypatch.setattr(matching, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(matching, "CHUNK_CELLS", {"cpu": 1})
+    monkeypatch.setattr(matching, "CHUNK_PX", {"cpu": 1})
+    features = matcher.features(images0), matcher.features(images1)
     alone = matcher.match(*features)
     assert len(together) > 0
     assert torch.equal(together.pair, alone.pair)
