@@ -34,7 +34,8 @@ def match_count(
         threshold: Confidence that a match must exceed; below 0 it counts as 0.
 
     Returns:
-        Confidence, 0 where a row has no match, at least float32 [N, L], and partner, int64 [N, L].
+        Confidence, 0 where a row has no match, at least float32 [N, L], and partner, int64, which
+        says nothing where a row has none [N, L].
 
     Raises:
         ValueError: Shapes, types or devices do not fit, or a number is not finite.

@@ -45,7 +45,7 @@ def test_a_case_small_enough_to_follow_by_hand() -> None:
     tokens0, tokens1 = torch.tensor([[[1.0], [0.0]]]), torch.tensor([[[2.0], [0.0]]])
     confidence, partner = match_count(tokens0, tokens1, scale=1.0, threshold=0.5)
     share = torch.tensor(2.0).exp() / (torch.tensor(2.0).exp() + 1)
-    assert partner.tolist() == [[0, 1]]
+    assert partner[0, 0] == 0
     torch.testing.assert_close(confidence, torch.tensor([[float(share**2), 0.0]]))
 
 
@@ -64,6 +64,7 @@ def test_tiles_equal_the_definition_in_float64(
     tokens0, tokens1 = draw(rows, 2, rows, 5).to(dtype), draw(columns + 50, 2, columns, 5).to(dtype)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiles, "TILE_BYTES", height * columns * 8)
+        patch.setattr(tiles, "KEPT_BYTES", 2000)
         confidence, partner = match_count(tokens0, tokens1, scale=scale, threshold=1e-3)
     exact, truth = match_count_reference(tokens0.double(), tokens1.double(), scale, 1e-3)
     torch.testing.assert_close(confidence.double(), exact, rtol=2e-3, atol=1e-6)
@@ -77,7 +78,7 @@ def test_tiles_equal_the_definition_in_float64(
         # Two equal rows both have their column's largest confidence: both are matched.
         ([[0, 0, 1]], [[0, 1, 2]], [0, 0, 1], [0.5, 0.5, 1.0]),
         # Of two equal columns a row takes the first.
-        ([[0, 1, 2]], [[1, 0, 0]], [1, 0, 0], [0.5, 1.0, 0.0]),
+        ([[0, 1, 2]], [[1, 0, 0]], [1, 0], [0.5, 1.0, 0.0]),
         # Both at once: a quarter each, and the first column for both.
         ([[3, 3]], [[3, 3]], [0, 0], [0.25, 0.25]),
     ],
@@ -96,7 +97,7 @@ def test_ties_take_the_first_column_and_every_row(
         found = match_count(*tokens, scale=200.0, threshold=0.2)
     else:
         found = match_count_reference(*tokens, 200.0, 0.2)
-    assert found[1][0, :2].tolist() == partner[:2]
+    assert [p for p, sure in zip(found[1][0].tolist(), matched, strict=True) if sure] == partner
     assert found[0][0].tolist() == pytest.approx(matched, abs=1e-5)
 
 
