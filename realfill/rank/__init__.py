@@ -2,6 +2,7 @@
 
 from realfill.rank.correspondences import Correspondences, Features, Matcher, Matches
 from realfill.rank.evidence import draw_correspondences
+from realfill.rank.matchers import load_matcher
 from realfill.rank.matching import loftr
 from realfill.rank.ranking import Ranking, rank_candidates
 from realfill.rank.references import ReferenceFeatures, from_extras, prepare_references, to_extras
@@ -15,6 +16,7 @@ __all__ = [
     "ReferenceFeatures",
     "draw_correspondences",
     "from_extras",
+    "load_matcher",
     "loftr",
     "prepare_references",
     "rank_candidates",

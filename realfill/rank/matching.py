@@ -179,13 +179,7 @@ class LoFTRMatcher(Matcher):
     @cached_property
     def digest(self) -> str:
         """SHA-256 over configuration, working size and weights."""
-        found = hashlib.sha256(
-            json.dumps([self.net.config, self.working_px], sort_keys=True).encode()
-        )
-        for name, tensor in sorted(self.net.state_dict().items()):
-            found.update(name.encode())
-            found.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-        return found.hexdigest()
+        return weights_digest(self.net.state_dict(), [self.net.config, self.working_px])
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Features:
@@ -217,6 +211,15 @@ class LoFTRMatcher(Matcher):
 
     def _precision(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+
+def weights_digest(weights: Mapping[str, Tensor], configuration: Any) -> str:
+    """SHA-256 over a configuration and named tensors, wherever they lie."""
+    found = hashlib.sha256(json.dumps(configuration, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(weights.items()):
+        found.update(name.encode())
+        found.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 def _limit(limits: Mapping[str, int], device: torch.device) -> int:

@@ -100,8 +100,8 @@ def from_extras(matcher: Matcher, extras: Mapping[str, Tensor]) -> ReferenceFeat
         if len(frame) != 4 or tokens.dim() != 2 or min(frame) < 1:
             return None
         rows, columns, height, width = (int(side) for side in frame)
-        wanted = rows * columns if points is None else len(points)
-        if len(tokens) != wanted:
+        # A matcher that pads its images keeps more tokens than cells.
+        if len(tokens) < rows * columns if points is None else len(tokens) != len(points):
             return None
         own = None if points is None else points[None]
         features.append(Features(tokens[None], (rows, columns), own))
