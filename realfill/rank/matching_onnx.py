@@ -8,8 +8,12 @@ output projections of attention are applied to its small context matrix instead 
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +42,23 @@ CHUNK_PX = {"cpu": 2**18, "cuda": 2**22}
 ATTENTION_EPSILON = 1e-6
 
 
+@dataclass(frozen=True)
+class _Run:
+    """One run of one graph.
+
+    Attributes:
+        key: Names the graph among those of a matcher.
+        graph: Writes it.
+        given: Inputs, contiguous float32.
+        wanted: Outputs, to be overwritten, likewise.
+    """
+
+    key: str
+    graph: Callable[[], bytes]
+    given: dict[str, Tensor]
+    wanted: dict[str, Tensor]
+
+
 class OnnxLoFTRMatcher(Matcher):
     """LoFTR's coarse path as a ``Matcher`` in ONNX Runtime, in float32."""
 
@@ -55,7 +76,10 @@ class OnnxLoFTRMatcher(Matcher):
         self._matcher = matcher
         self._net = matcher.net
         self._provider = _provider(self.device)
-        self._sessions: OrderedDict[tuple[int, ...], Any] = OrderedDict()
+        self._sessions: OrderedDict[tuple[str, int], Any] = OrderedDict()
+        self._lock = threading.Lock()
+        self._threads = 1 if self.device.type == "cuda" else torch.get_num_threads()
+        self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="matcher")
 
     @property
     def digest(self) -> str:
@@ -67,13 +91,21 @@ class OnnxLoFTRMatcher(Matcher):
         """Tokens of each image, including self-attention before the first meeting. [N, 1, H, W]"""
         check_images(images, CELL_PX)
         height, width = images.shape[-2:]
-        rows, columns = height // CELL_PX, width // CELL_PX
-        tokens = self._empty(len(images), rows * columns)
+        grid = (height // CELL_PX, width // CELL_PX)
+        shape = (len(images), grid[0] * grid[1], self._net.config["coarse"]["d_model"])
+        tokens = torch.empty(shape, device=self.device)
         chunk = max(1, CHUNK_PX[self.device.type] // (height * width))
-        for part, out in zip(images.split(chunk), tokens.split(chunk), strict=True):
-            pixels = part.to(self.device, torch.float32).contiguous()
-            self._run(("images", "tokens"), (pixels,), (out,), (rows, columns))
-        return Features(tokens, (rows, columns))
+        runs = [
+            _Run(
+                f"tokens {len(part)} {grid}",
+                partial(tokens_graph, self._net, len(part), grid),
+                {"images": part.to(self.device, torch.float32).contiguous()},
+                {"tokens": out},
+            )
+            for part, out in zip(images.split(chunk), tokens.split(chunk), strict=True)
+        ]
+        self._carry_out(runs)
+        return Features(tokens, grid)
 
     @torch.no_grad()
     def compare(self, features0: Features, features1: Features) -> Matches:
@@ -82,54 +114,71 @@ class OnnxLoFTRMatcher(Matcher):
         tokens0 = features0.tokens.to(self.device)
         tokens1 = features1.tokens.to(self.device).expand(len(tokens0), -1, -1)
         chunk = max(1, CHUNK_CELLS[self.device.type] // tokens0.shape[1])
+        pairs = list(zip(tokens0.split(chunk), tokens1.split(chunk), strict=True))
         found = []
-        for part0, part1 in zip(tokens0.split(chunk), tokens1.split(chunk), strict=True):
-            given = (part0.contiguous(), part1.contiguous())
-            met = torch.empty_like(given[0]), torch.empty_like(given[1])
-            self._run(("tokens0", "tokens1", "met0", "met1"), given, met)
-            found.append(match_count(*met, scale=self._net.scale, threshold=self._net.threshold))
+        # A wave of as many chunks as threads bounds what is held at a time.
+        for begin in range(0, len(pairs), self._threads):
+            runs = [self._meeting(*pair) for pair in pairs[begin : begin + self._threads]]
+            self._carry_out(runs)
+            for run in runs:
+                met0, met1 = run.wanted.values()
+                scale, threshold = self._net.scale, self._net.threshold
+                found.append(match_count(met0, met1, scale=scale, threshold=threshold))
         confidence, partner = (torch.cat(parts) for parts in zip(*found, strict=True))
         return cell_matches(confidence, partner, features0, features1)
 
-    def _empty(self, *shape: int) -> Tensor:
-        return torch.empty((*shape, self._net.config["coarse"]["d_model"]), device=self.device)
+    def _meeting(self, tokens0: Tensor, tokens1: Tensor) -> _Run:
+        """The run that lets the tokens of some pairs meet."""
+        sizes = (len(tokens0), tokens0.shape[1], tokens1.shape[1])
+        return _Run(
+            f"met {sizes}",
+            partial(met_graph, self._net, *sizes),
+            {"tokens0": tokens0.contiguous(), "tokens1": tokens1.contiguous()},
+            {
+                "met0": torch.empty_like(tokens0),
+                "met1": torch.empty(tokens1.shape, device=self.device),
+            },
+        )
 
-    def _run(
-        self,
-        names: tuple[str, ...],
-        given: tuple[Tensor, ...],
-        wanted: tuple[Tensor, ...],
-        grid: tuple[int, int] | None = None,
-    ) -> None:
-        """Run the graph for these shapes on torch's memory, inputs and outputs alike."""
-        session = self._session(tuple(given[0].shape), tuple(given[-1].shape), grid)
+    def _carry_out(self, runs: list[_Run]) -> None:
+        """Run them all; on a CPU side by side with a thread each, where there are enough.
+
+        Threads that share one small product mostly wait for each other.
+        """
+        if len(runs) < self._threads or self._threads == 1:
+            for run in runs:
+                self._bind_and_run(run, self._session(run, self._threads))
+            return
+        sessions = [self._session(run, 1) for run in runs]
+        list(self._pool.map(self._bind_and_run, runs, sessions))
+
+    def _bind_and_run(self, run: _Run, session: Any) -> None:
+        """Run a graph on torch's memory, inputs and outputs alike."""
         binding = session.io_binding()
-        for k, (name, tensor) in enumerate(zip(names, (*given, *wanted), strict=True)):
-            bind = binding.bind_input if k < len(given) else binding.bind_output
-            index = self.device.index or 0
-            shape = tuple(tensor.shape)
-            bind(name, self.device.type, index, np.float32, shape, tensor.data_ptr())
-        if self.device.type == "cuda":
+        place, index = self.device.type, self.device.index or 0
+        for bind, tensors in (
+            (binding.bind_input, run.given),
+            (binding.bind_output, run.wanted),
+        ):
+            for name, tensor in tensors.items():
+                shape = tuple(tensor.shape)
+                bind(name, place, index, np.float32, shape, tensor.data_ptr())
+        if place == "cuda":
             # ONNX Runtime has a stream of its own; it waits for itself at the end.
             torch.cuda.current_stream(self.device).synchronize()
         session.run_with_iobinding(binding)
 
-    def _session(
-        self, shape0: tuple[int, ...], shape1: tuple[int, ...], grid: tuple[int, int] | None
-    ) -> Any:
-        key = (*shape0, *shape1)
-        session = self._sessions.get(key)
-        if session is None:
-            if grid is None:
-                graph = met_graph(self._net, shape0[0], shape0[1], shape1[1])
-            else:
-                graph = tokens_graph(self._net, shape0[0], grid)
-            session = _open(graph, self._provider)
-            self._sessions[key] = session
-            while len(self._sessions) > MAX_SESSIONS:
-                self._sessions.popitem(last=False)
-        self._sessions.move_to_end(key)
-        return session
+    def _session(self, run: _Run, threads: int) -> Any:
+        """The session of a graph, opened now or kept from before."""
+        key = (run.key, threads)
+        # References may be prepared in one thread while another ranks.
+        with self._lock:
+            if key not in self._sessions:
+                self._sessions[key] = _open(run.graph(), self._provider, threads)
+                while len(self._sessions) > MAX_SESSIONS:
+                    self._sessions.popitem(last=False)
+            self._sessions.move_to_end(key)
+            return self._sessions[key]
 
 
 def onnx_loftr(source: str | Path = "nano", device: str | torch.device = "cpu") -> OnnxLoFTRMatcher:
@@ -221,15 +270,15 @@ def _encoder(graph: Graph, x: str, source: str, layer: Any, cells: int) -> str:
     same_head = (head[:, None] == head[None, :]).float()
     query = _positive(graph, _linear(graph, x, layer.q_proj))
     key = _positive(graph, _linear(graph, source, layer.k_proj))
-    across = graph.op("Transpose", key, perm=(0, 2, 1))
-    context = graph.op("MatMul", across, source)
+    context = graph.op("MatMul", graph.op("Transpose", key, perm=(0, 2, 1)), source)
     context = _linear(graph, context, layer.v_proj)
     context = graph.op("Mul", context, graph.constant(same_head / cells))
     context = _linear(graph, context, layer.merge)
-    total = graph.op("ReduceMean", across, axes=(2,), keepdims=1)
-    spread = graph.op("Mul", total, graph.constant(same_head))
-    normaliser = graph.op("MatMul", query, spread)
-    normaliser = graph.op("Add", normaliser, graph.constant(ATTENTION_EPSILON / cells))
+    total = graph.op("ReduceMean", key, axes=(1,), keepdims=1)
+    total = graph.op("Transpose", total, perm=(0, 2, 1))
+    # Keys and queries are positive, so this keeps their products so too.
+    total = graph.op("Add", total, graph.constant(ATTENTION_EPSILON / cells))
+    normaliser = graph.op("MatMul", query, graph.op("Mul", total, graph.constant(same_head)))
     message = graph.op("MatMul", graph.op("Div", query, normaliser), context)
     message = graph.op("Concat", x, _layer_norm(graph, message, layer.norm1), axis=2)
     hidden = graph.op("Relu", _linear(graph, message, layer.mlp[0]))
@@ -265,12 +314,12 @@ def _provider(device: torch.device) -> tuple[str, Mapping[str, Any]]:
     return name, {"device_id": device.index or 0} if device.type == "cuda" else {}
 
 
-def _open(model: bytes, provider: tuple[str, Mapping[str, Any]]) -> Any:
-    """A session on that provider alone, with torch's number of threads."""
+def _open(model: bytes, provider: tuple[str, Mapping[str, Any]], threads: int) -> Any:
+    """A session on that provider alone."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
+    options.intra_op_num_threads = threads
     # Threads that spin between runs would take the cores from torch, whose turn it then is.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 3

@@ -141,7 +141,7 @@ def test_missing_cuda_libraries_are_answered() -> None:
     """A provider that is named but cannot start does not fall back in silence."""
     model = tokens_graph(coarse(plain_loftr(with_threshold(CONFIG, 2e-2))).net, 1, (4, 4))
     with pytest.raises(MatcherUnavailable, match="could not start CUDAExecutionProvider"):
-        matching_onnx._open(model, ("CUDAExecutionProvider", {"device_id": 0}))
+        matching_onnx._open(model, ("CUDAExecutionProvider", {"device_id": 0}), 1)
 
 
 @pytest.mark.gpu
