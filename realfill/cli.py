@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -260,6 +261,40 @@ def import_command(
         click.echo(
             f"{out}: {len(data) / 1e6:.1f} MB from {source}. Next: realfill registry publish {out}"
         )
+
+
+@main.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option(
+    "--matcher",
+    default="nano",
+    show_default=True,
+    help="nano, outdoor, a weights file, efficientloftr:FOLDER, sift, or none.",
+)
+@click.option("--size", "size_px", default=512, show_default=True, help="Resolution of the base.")
+@click.option("--json", "as_json", is_flag=True, help="Print the warnings as JSON.")
+def preflight(folder: Path, matcher: str, size_px: int, as_json: bool) -> None:
+    """Look at the scene in FOLDER before it is trained, and warn of what is likely to go wrong.
+
+    FOLDER is as for `realfill train`. Exit status 1 says that there are warnings.
+    """
+    from realfill.rank import load_matcher
+    from realfill.rank import preflight as look_at
+    from realfill.scene import load_scene
+
+    scene = load_scene(folder)
+    finder = None if matcher == "none" else load_matcher(matcher)
+    found = look_at(scene.references, scene.target, scene.mask, matcher=finder, size_px=size_px)
+    if as_json:
+        outcome = {"scene": scene.name, "warnings": [asdict(caution) for caution in found]}
+        click.echo(json.dumps(outcome, indent=2))
+    else:
+        for caution in found:
+            click.echo(f"{caution.code}: {caution.message}")
+        if not found:
+            click.echo(f"{scene.name}: nothing speaks against it.")
+    if found:
+        raise SystemExit(1)
 
 
 def _shown(

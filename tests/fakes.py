@@ -14,32 +14,31 @@ from PIL import Image
 from torch import Tensor
 
 from realfill.base import Base
-from realfill.rank import Correspondences, Features, Matcher
+from realfill.rank import Features, Matcher, Matches
 from registry import Registry
 from service.engine import Job, Sampled
 from service.errors import Cancelled, QueueFull
 from service.road import Lane, Road
 
 
-class LightMatcher:
+class LightMatcher(Matcher):
     """Matches every cell of image 0 that is brighter than one half, so the brightest wins."""
 
     name = "light"
     size_multiple = 8
     working_px = 32
+    digest = "light" * 8
 
     def features(self, images: Tensor) -> Features:
         """Mean brightness of each cell of 8 px."""
         cells = torch.nn.functional.avg_pool2d(images, 8)
         return Features(cells.flatten(1)[..., None], (cells.shape[-2], cells.shape[-1]))
 
-    def match(self, features0: Features, features1: Features) -> Correspondences:
+    def compare(self, features0: Features, features1: Features) -> Matches:
         """Bright cells, each matched with the reference's first cell."""
         light = features0.tokens[..., 0]
-        pair, cell = torch.where(light > 0.5)
-        columns = features0.grid[1]
-        points0 = torch.stack([cell % columns, cell // columns], 1).float() * 8
-        return Correspondences(points0, torch.zeros_like(points0), light[pair, cell], pair)
+        points0 = features0.places()
+        return Matches(points0, torch.zeros_like(points0), light * (light > 0.5))
 
 
 class GreyEngine:

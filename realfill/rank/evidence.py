@@ -9,7 +9,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from realfill.rank.matching import Correspondences
+from realfill.rank.correspondences import Correspondences
 
 SMALLEST_HEIGHT_PX = 256
 GAP_PX = 8

@@ -1,4 +1,4 @@
-"""Correspondences between images: the ``Matcher`` protocol, and LoFTR's coarse path behind it.
+"""LoFTR's coarse path as a ``Matcher``.
 
 LoFTR's fine stage moves matches by a few pixels but never adds or drops one, so counting needs only
 the coarse path. An image's tokens up to the first cross-attention do not depend on its partner:
@@ -10,11 +10,12 @@ Source: LoFTR, arXiv:2104.00680, as kornia 0.9 implements it.
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from kornia.feature import LoFTR
@@ -24,81 +25,37 @@ from kornia.feature.loftr.loftr_module.transformer import LocalFeatureTransforme
 from kornia.feature.loftr.utils.position_encoding import PositionEncodingSine
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from kernels.match_count import match_count
 from realfill.errors import MatcherUnavailable
+from realfill.rank.correspondences import (
+    CELL_PX,
+    Correspondences,
+    Features,
+    Matcher,
+    Matches,
+    cell_matches,
+    check_images,
+    check_pairs,
+)
+
+__all__ = [
+    "CELL_PX",
+    "CoarseLoFTR",
+    "Correspondences",
+    "Features",
+    "LoFTRMatcher",
+    "Matcher",
+    "Matches",
+    "loftr",
+]
 
 NANO_WEIGHTS = Path(__file__).parents[1] / "nano" / "weights" / "loftr.safetensors"
-CELL_PX = 8
-# Similarity matrices of one chunk of pairs, two of which are alive at a time.
-CHUNK_BYTES = 256 * 2**20
-
-
-@dataclass(frozen=True)
-class Features:
-    """What a matcher keeps of a batch of images of one size.
-
-    Attributes:
-        tokens: One row per coarse cell, in reading order. [N, L, C]
-        grid: Rows and columns of cells, whose product is L.
-    """
-
-    tokens: Tensor
-    grid: tuple[int, int]
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-
-@dataclass(frozen=True)
-class Correspondences:
-    """Matched points of many image pairs, ordered by pair.
-
-    Attributes:
-        points0: Columns and rows in image 0, in px. [K, 2]
-        points1: Columns and rows in image 1, in px. [K, 2]
-        confidence: In (0, 1]. [K]
-        pair: Index of the pair each match belongs to. [K]
-    """
-
-    points0: Tensor
-    points1: Tensor
-    confidence: Tensor
-    pair: Tensor
-
-    def __len__(self) -> int:
-        return len(self.pair)
-
-    def where(self, keep: Tensor) -> Correspondences:
-        """Only the matches that ``keep`` selects, a boolean row or indices. [K]"""
-        return Correspondences(
-            self.points0[keep], self.points1[keep], self.confidence[keep], self.pair[keep]
-        )
-
-    def of_pair(self, pair: int) -> Correspondences:
-        """Only the matches of one pair."""
-        return self.where(self.pair == pair)
-
-
-class Matcher(Protocol):
-    """Finds correspondences between images.
-
-    Attributes:
-        name: For records and evidence.
-        size_multiple: Heights and widths must be multiples of it.
-        working_px: Long side at which it matches best.
-    """
-
-    name: str
-    size_multiple: int
-    working_px: int
-
-    def features(self, images: Tensor) -> Features:
-        """Look at each image once; grey, in [0, 1]. [N, 1, H, W]"""
-        ...
-
-    def match(self, features0: Features, features1: Features) -> Correspondences:
-        """Match image k with image k; a single image 1 is matched with every image 0."""
-        ...
+# Cells of image 0 that the transformer works on at a time: on a CPU as many as its caches take.
+CHUNK_CELLS = {"cpu": 2**12, "cuda": 2**17}
+# Pixels that the backbone works on at a time; its widest layer is at half resolution.
+CHUNK_PX = {"cpu": 2**18, "cuda": 2**22}
 
 
 class CoarseLoFTR(nn.Module):
@@ -142,15 +99,15 @@ class CoarseLoFTR(nn.Module):
             x = layer(x, x)
         return x
 
-    def similarity(self, tokens0: Tensor, tokens1: Tensor) -> Tensor:
-        """Similarity of every cell of image 0 with every cell of image 1, over the temperature.
+    def met(self, tokens0: Tensor, tokens1: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens of two images after they have met, from the first cross-attention on.
 
         Args:
             tokens0: From ``tokens``. [N, L, C]
             tokens1: From ``tokens``. [N, S, C]
 
         Returns:
-            Logits of the dual softmax. [N, L, S]
+            Float32 tokens, of the same shapes.
         """
         names = self.config["coarse"]["layer_names"]
         for layer, name in list(zip(self.loftr_coarse.layers, names, strict=True))[self.alone :]:
@@ -159,13 +116,41 @@ class CoarseLoFTR(nn.Module):
             else:
                 tokens0 = layer(tokens0, tokens1)
                 tokens1 = layer(tokens1, tokens0)
-        width = tokens0.shape[-1] ** 0.5
-        logits = (tokens0.float() / width) @ (tokens1.float() / width).transpose(1, 2)
-        return logits / self.config["match_coarse"]["dsmax_temperature"]
+        return tokens0.float(), tokens1.float()
+
+    @property
+    def scale(self) -> float:
+        """What products of tokens are multiplied with to give the logits of the dual softmax."""
+        width = self.config["coarse"]["d_model"]
+        return 1 / (width * self.config["match_coarse"]["dsmax_temperature"])
+
+    def similarity(self, tokens0: Tensor, tokens1: Tensor) -> Tensor:
+        """Logits of every cell of image 0 with every cell of image 1, for training. [N, L, S]"""
+        tokens0, tokens1 = self.met(tokens0, tokens1)
+        return tokens0 @ tokens1.transpose(1, 2) * self.scale
 
 
-class LoFTRMatcher:
-    """LoFTR's coarse path as a ``Matcher``; ``dtype`` is the backbone's, all else is float32."""
+class _SteadyAttention(nn.Module):
+    """Linear attention whose sums over cells stay in float32, as float16 cannot hold them."""
+
+    def forward(
+        self, queries: Tensor, keys: Tensor, values: Tensor, **_masks: Tensor | None
+    ) -> Tensor:
+        """Queries [N, L, H, D] of keys and values [N, S, H, D]. [N, L, H, D]"""
+        with torch.autocast(queries.device.type, enabled=False):
+            queries, keys = F.elu(queries.float()) + 1, F.elu(keys.float()) + 1
+            context = torch.einsum("nshd,nshv->nhdv", keys, values.float() / values.shape[1])
+            normaliser = torch.einsum("nlhd,nhd->nlh", queries, keys.mean(1)) + 1e-6
+            message = torch.einsum("nlhd,nhdv->nlhv", queries, context) / normaliser[..., None]
+            return message.contiguous()
+
+
+class LoFTRMatcher(Matcher):
+    """LoFTR's coarse path as a ``Matcher``.
+
+    With a ``dtype`` below float32, convolutions and projections run in it; the sums of attention
+    and of the dual softmax stay in float32.
+    """
 
     size_multiple = CELL_PX
 
@@ -183,65 +168,62 @@ class LoFTRMatcher:
         self.device = device
         self.dtype = dtype
         self.net = net.eval().requires_grad_(False).to(device)
-        self.net.backbone.to(dtype)
+        # A layout only: weights and activations side by side by channel, which convolves faster.
+        for parameter in self.net.backbone.parameters():
+            if parameter.dim() == 4:
+                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+        if dtype != torch.float32:
+            for layer in self.net.loftr_coarse.layers:
+                layer.attention = _SteadyAttention()
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over configuration, working size and weights."""
+        return weights_digest(self.net.state_dict(), [self.net.config, self.working_px])
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Features:
         """Tokens of each image, including self-attention before the first meeting. [N, 1, H, W]"""
+        check_images(images, CELL_PX)
         height, width = images.shape[-2:]
-        if height % CELL_PX or width % CELL_PX:
-            raise ValueError(f"image size {height}x{width}: sides must be multiples of {CELL_PX}")
-        pixels = images.to(self.device, self.dtype)
-        # Chunks bound the memory of the widest layer, which works at half resolution.
-        chunk = max(1, 2**22 // (height * width))
-        tokens = [self.net.tokens(part) for part in pixels.split(chunk)]
+        chunk = max(1, _limit(CHUNK_PX, self.device) // (height * width))
+        tokens = []
+        for part in images.split(chunk):
+            pixels = part.to(self.device, torch.float32, memory_format=torch.channels_last)
+            with self._precision():
+                tokens.append(self.net.tokens(pixels).float())
         return Features(torch.cat(tokens), (height // CELL_PX, width // CELL_PX))
 
     @torch.no_grad()
-    def match(self, features0: Features, features1: Features) -> Correspondences:
+    def compare(self, features0: Features, features1: Features) -> Matches:
         """Mutual nearest cells whose dual-softmax confidence exceeds the threshold."""
-        count = len(features0)
-        if len(features1) not in (1, count):
-            raise ValueError(f"{count} images cannot be paired with {len(features1)}; pass as many")
-        tokens0, tokens1 = features0.tokens, features1.tokens.expand(count, -1, -1)
-        chunk = max(1, CHUNK_BYTES // (8 * tokens0.shape[1] * tokens1.shape[1]))
-        best, partner = [], []
+        check_pairs(features0, features1)
+        tokens0 = features0.tokens.to(self.device)
+        tokens1 = features1.tokens.to(self.device).expand(len(tokens0), -1, -1)
+        chunk = max(1, _limit(CHUNK_CELLS, self.device) // tokens0.shape[1])
+        found = []
         for part0, part1 in zip(tokens0.split(chunk), tokens1.split(chunk), strict=True):
-            confidence, cell1 = _mutual(self.net.similarity(part0, part1), self.net.threshold)
-            best.append(confidence)
-            partner.append(cell1)
-        confidence = torch.cat(best)
-        # The only point at which the host waits for the device.
-        pair, cell0 = torch.where(confidence > 0)
-        cell1 = torch.cat(partner)[pair, cell0]
-        return Correspondences(
-            points0=_cell_points(cell0, features0.grid[1]),
-            points1=_cell_points(cell1, features1.grid[1]),
-            confidence=confidence[pair, cell0],
-            pair=pair,
-        )
+            with self._precision():
+                met = [tokens.to(self.dtype) for tokens in self.net.met(part0, part1)]
+            found.append(match_count(*met, scale=self.net.scale, threshold=self.net.threshold))
+        confidence, partner = (torch.cat(parts) for parts in zip(*found, strict=True))
+        return cell_matches(confidence, partner, features0, features1)
+
+    def _precision(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
 
-def _mutual(logits: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
-    """Confidence of each cell of image 0 with its mutual nearest cell, and that cell.
-
-    Args:
-        logits: Similarity over temperature; overwritten. [N, L, S]
-        threshold: Confidence that a match must exceed.
-
-    Returns:
-        Confidence, 0 where the cell has no match, and the index in image 1. [N, L] each
-    """
-    confidence = logits.softmax(2)
-    confidence *= logits.sub_(logits.logsumexp(1, keepdim=True)).exp_()
-    best, partner = confidence.max(2)
-    mutual = confidence.amax(1).gather(1, partner) == best
-    return torch.where(mutual & (best > threshold), best, 0.0), partner
+def weights_digest(weights: Mapping[str, Tensor], configuration: Any) -> str:
+    """SHA-256 over a configuration and named tensors, wherever they lie."""
+    found = hashlib.sha256(json.dumps(configuration, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(weights.items()):
+        found.update(name.encode())
+        found.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
-def _cell_points(cells: Tensor, columns: int) -> Tensor:
-    """The pixel each cell sits on, column first. [K, 2]"""
-    return torch.stack([cells % columns, cells // columns], 1).float() * CELL_PX
+def _limit(limits: Mapping[str, int], device: torch.device) -> int:
+    return limits.get(device.type, limits["cpu"])
 
 
 def loftr(
@@ -257,7 +239,7 @@ def loftr(
             or a file: safetensors (its configuration under the metadata key ``config``, else the
             full one) or ``.ckpt``.
         device: Where it runs.
-        dtype: Of the backbone; attention and softmax stay float32.
+        dtype: Of convolutions and projections; the sums of attention and softmax stay float32.
 
     Returns:
         A matcher with ``border_rm`` 0, so that matches at the border count.

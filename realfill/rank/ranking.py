@@ -6,30 +6,16 @@ Source: RealFill, arXiv:2309.16668, section 3.4.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from realfill.errors import InvalidScene
-from realfill.rank.matching import CELL_PX, Correspondences, Features, Matcher
-
-# Luma weights of sRGB, those that LoFTR was trained with.
-LUMA = (0.299, 0.587, 0.114)
-
-
-@dataclass(frozen=True)
-class ReferenceFeatures:
-    """References as a matcher sees them, kept from one ranking to the next.
-
-    Attributes:
-        features: One entry of a single image per reference.
-        sizes: Height and width of each photo, in px.
-    """
-
-    features: tuple[Features, ...]
-    sizes: tuple[tuple[int, int], ...]
+from realfill.rank.correspondences import CELL_PX, Correspondences, Matcher, Matches
+from realfill.rank.references import ReferenceFeatures, at_working_size, prepare_references
 
 
 @dataclass(frozen=True)
@@ -42,8 +28,8 @@ class Ranking:
         confidence: Sum of the confidences of those correspondences. [N]
         order: Candidates, best first; ties by confidence, then by index. [N]
         coverage: Share of the hole's cells that at least one reference matches. [N]
-        correspondences: For each reference, those in the filled region; ``pair`` is the candidate,
-            points are in px of candidate and reference.
+        hole_cells: Number of those cells.
+        matches: For each reference, those in the filled region, in px of candidate and reference.
     """
 
     scores: Tensor
@@ -51,7 +37,13 @@ class Ranking:
     confidence: Tensor
     order: Tensor
     coverage: Tensor
-    correspondences: tuple[Correspondences, ...]
+    hole_cells: int
+    matches: tuple[Matches, ...]
+
+    @cached_property
+    def correspondences(self) -> tuple[Correspondences, ...]:
+        """For each reference, the matches in the filled region; ``pair`` is the candidate."""
+        return tuple(matches.correspondences() for matches in self.matches)
 
     @property
     def best(self) -> int:
@@ -63,22 +55,6 @@ class Ranking:
         """Score of the best candidate minus the median score."""
         scores = self.scores.double()
         return float(scores[self.order[0]] - scores.quantile(0.5))
-
-
-@torch.no_grad()
-def prepare_references(matcher: Matcher, references: Sequence[Tensor]) -> ReferenceFeatures:
-    """Run the matcher's backbone once per reference, so that many rankings can share it.
-
-    Args:
-        matcher: Finds the correspondences.
-        references: Photos in [0, 1], of any size. [3, H, W] or [1, H, W] each
-
-    Returns:
-        What ``rank_candidates`` takes in place of the photos.
-    """
-    sizes = [(int(photo.shape[-2]), int(photo.shape[-1])) for photo in references]
-    features = [matcher.features(_working(matcher, photo[None])) for photo in references]
-    return ReferenceFeatures(tuple(features), tuple(sizes))
 
 
 @torch.no_grad()
@@ -109,38 +85,30 @@ def rank_candidates(
     _check(candidates, mask, references)
     if not isinstance(references, ReferenceFeatures):
         references = prepare_references(matcher, references)
-    pixels = _working(matcher, candidates)
+    pixels = at_working_size(matcher, candidates)
+    hole = _hole(mask.cpu(), (int(pixels.shape[-2]), int(pixels.shape[-1])))
     features = matcher.features(pixels)
-    found = [matcher.match(features, reference) for reference in references.features]
-
-    count, device = len(candidates), found[0].pair.device
-    hole = _hole(mask.to(device), (int(pixels.shape[-2]), int(pixels.shape[-1])))
-    cells = hole[::CELL_PX, ::CELL_PX]
-    matched = torch.zeros((count, *cells.shape), dtype=torch.long, device=device)
-    per_reference, confidence = [], torch.zeros(count, dtype=torch.float64, device=device)
-    inside = []
-    for matches in found:
-        x, y = matches.points0.long().unbind(1)
-        keep = hole[y, x]
-        zeros = torch.zeros(count, dtype=torch.long, device=device)
-        per_reference.append(zeros.index_add(0, matches.pair, keep.long()))
-        confidence.index_add_(0, matches.pair, matches.confidence.double() * keep)
-        place = (matches.pair, y // CELL_PX, x // CELL_PX)
-        matched.index_put_(place, keep.long(), accumulate=True)
-        inside.append(keep)
-    table = torch.stack(per_reference, 1)
+    found = [
+        _inside(matcher.compare(features, reference), hole) for reference in references.features
+    ]
+    table = torch.stack([(matches.confidence > 0).sum(1) for matches in found], 1)
+    sums = [matches.confidence.sum(1, dtype=torch.float64) for matches in found]
+    confidence = torch.stack(sums).sum(0).float()
     scores = table.sum(1)
+    hole_cells = int(hole[::CELL_PX, ::CELL_PX].sum())
     frame = (candidates.shape[-2] / pixels.shape[-2], candidates.shape[-1] / pixels.shape[-1])
+    device = candidates.device
     return Ranking(
-        scores=scores.to(candidates.device),
-        per_reference=table.to(candidates.device),
-        confidence=confidence.float().to(candidates.device),
-        order=_order(scores, confidence.float()).to(candidates.device),
-        coverage=(((matched > 0) & cells).sum((1, 2)) / cells.sum()).to(candidates.device),
-        correspondences=tuple(
-            _in_photo_px(matches.where(keep), frame, size, reference)
-            for matches, keep, size, reference in zip(
-                found, inside, references.sizes, references.features, strict=True
+        scores=scores.to(device),
+        per_reference=table.to(device),
+        confidence=confidence.to(device),
+        order=_order(scores, confidence).to(device),
+        coverage=_coverage(found, hole).to(device),
+        hole_cells=hole_cells,
+        matches=tuple(
+            _in_photo_px(matches, frame, size, reference.grid)
+            for matches, size, reference in zip(
+                found, references.sizes, references.features, strict=True
             )
         ),
     )
@@ -163,21 +131,6 @@ def _check(
         raise InvalidScene("the mask is empty (0 px missing); mark the pixels that were filled")
 
 
-def _working(matcher: Matcher, images: Tensor) -> Tensor:
-    """Grey images at the matcher's long side, sides rounded to its multiple. [N, 1, h, w]"""
-    height, width = images.shape[-2:]
-    scale = matcher.working_px / max(height, width)
-    multiple = matcher.size_multiple
-    size = [max(1, round(side * scale / multiple)) * multiple for side in (height, width)]
-    grey = images.float()
-    if images.shape[1] == 3:
-        grey = (grey * grey.new_tensor(LUMA)[:, None, None]).sum(1, keepdim=True)
-    if size == [height, width]:
-        return grey
-    grey = F.interpolate(grey, size=size, mode="bilinear", align_corners=False, antialias=True)
-    return grey.clamp(0, 1)
-
-
 def _hole(mask: Tensor, size: tuple[int, int]) -> Tensor:
     """The mask at working size, such that at least one cell's pixel lies in it. [h, w] bool"""
     missing = (mask > 0).float()[None, None]
@@ -189,6 +142,29 @@ def _hole(mask: Tensor, size: tuple[int, int]) -> Tensor:
     return torch.where(hit, hole, touched)[0, 0] > 0
 
 
+def _inside(matches: Matches, hole: Tensor) -> Matches:
+    """The matches, less those that begin outside the hole. [h, w] bool"""
+    x, y = matches.points0.long().unbind(2)
+    # A matcher's absent points are negative, and have no match.
+    inside = hole.to(x.device, non_blocking=True)[y.clamp(min=0), x.clamp(min=0)]
+    return replace(matches, confidence=matches.confidence * inside)
+
+
+def _coverage(found: Sequence[Matches], hole: Tensor) -> Tensor:
+    """Share of the hole's cells in which a match with any reference begins. [N]"""
+    cells = hole[::CELL_PX, ::CELL_PX].flatten()
+    columns = -(-hole.shape[1] // CELL_PX)
+    first = found[0].confidence
+    matched = torch.zeros((len(first), len(cells)), dtype=torch.int32, device=first.device)
+    for matches in found:
+        place = matches.points0.long().clamp(min=0) // CELL_PX
+        matched.scatter_add_(
+            1, place[..., 1] * columns + place[..., 0], (matches.confidence > 0).int()
+        )
+    inside = cells.to(first.device, non_blocking=True)
+    return ((matched > 0) & inside).sum(1) / inside.sum().clamp(min=1)
+
+
 def _order(scores: Tensor, confidence: Tensor) -> Tensor:
     """Best first; equal scores by confidence, equal confidence by index. [N]"""
     by_confidence = confidence.argsort(descending=True, stable=True)
@@ -196,15 +172,20 @@ def _order(scores: Tensor, confidence: Tensor) -> Tensor:
 
 
 def _in_photo_px(
-    matches: Correspondences,
+    matches: Matches,
     frame: tuple[float, float],
     size: tuple[int, int],
-    reference: Features,
-) -> Correspondences:
+    grid: tuple[int, int],
+) -> Matches:
     """Points at working size, moved to pixels of the candidate and of the reference."""
-    rows, columns = reference.grid
-    scale0 = matches.points0.new_tensor((frame[1], frame[0]))
-    scale1 = matches.points1.new_tensor((size[1] / columns, size[0] / rows)) / CELL_PX
-    return Correspondences(
-        matches.points0 * scale0, matches.points1 * scale1, matches.confidence, matches.pair
+    scale1 = (size[1] / (grid[1] * CELL_PX), size[0] / (grid[0] * CELL_PX))
+    return replace(
+        matches,
+        points0=_scaled(matches.points0, (frame[1], frame[0])),
+        points1=_scaled(matches.points1, scale1),
     )
+
+
+def _scaled(points: Tensor, scale: tuple[float, float]) -> Tensor:
+    """Points with columns and rows multiplied. [..., 2]"""
+    return torch.stack([points[..., 0] * scale[0], points[..., 1] * scale[1]], -1)

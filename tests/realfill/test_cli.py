@@ -44,9 +44,35 @@ def test_help_names_every_command() -> None:
     """Commands of other packages hang in by entry point."""
     status, text = run("--help")
     assert status == 0
-    names = ["complete", "demo", "export", "import", "pretrain", "registry", "serve", "train"]
+    names = [
+        "complete",
+        "demo",
+        "export",
+        "import",
+        "preflight",
+        "pretrain",
+        "registry",
+        "serve",
+        "train",
+    ]
     for command in names:
         assert command in text
+
+
+@pytest.mark.weights
+def test_preflight_warns_with_numbers(folder: Path) -> None:
+    """Noise of 48 px shares nothing and is small; warnings come as sentences, or as JSON."""
+    status, text = run("preflight", folder)
+    assert status == 1
+    assert "small: The reference 1 is 48x40 px, its shorter side under 512" in text
+    assert "overlap: The reference 2 matches the known region in " in text
+    status, text = run("preflight", folder, "--matcher", "none", "--size", 32, "--json")
+    told = json.loads(text)
+    assert (status, told["scene"]) == (0, "tower")
+    assert told["warnings"] == []
+    status, text = run("preflight", folder, "--matcher", "absent.safetensors")
+    assert status == 2
+    assert "absent.safetensors do not exist; pass" in text
 
 
 def test_train_writes_a_capsule(folder: Path, tmp_path: Path) -> None:

@@ -2,51 +2,29 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from kornia.feature import LoFTR
 from kornia.feature.loftr.loftr import default_cfg, urls
 from safetensors.torch import save_file
-from torch import Tensor
+from scipy.stats import spearmanr
 
 from realfill.errors import MatcherUnavailable
 from realfill.nano.pretrain_matcher import CONFIG
 from realfill.rank import matching
-from realfill.rank.matching import CoarseLoFTR, LoFTRMatcher, loftr
-
-
-def _config(base: dict[str, Any], threshold: float) -> dict[str, Any]:
-    config = copy.deepcopy(base)
-    config["resolution"] = tuple(config["resolution"])
-    config["match_coarse"] |= {"thr": threshold, "border_rm": 0}
-    return config
-
-
-def _plain(config: dict[str, Any]) -> LoFTR:
-    torch.manual_seed(0)
-    return LoFTR(None, config).eval()
-
-
-def _matcher(plain: LoFTR) -> LoFTRMatcher:
-    net = CoarseLoFTR(plain.config)
-    weights = plain.state_dict()
-    net.load_state_dict({name: weights[name] for name in net.state_dict()})
-    return LoFTRMatcher(net, name="test", working_px=64, device=torch.device("cpu"))
-
-
-def _images(height: int, width: int) -> tuple[Tensor, Tensor]:
-    """Three pairs: shifted by a cell, shifted and dimmed, and unrelated."""
-    generator = torch.Generator().manual_seed(1)
-    images0 = torch.rand((3, 1, height, width), generator=generator)
-    images1 = images0.roll(8, -1)
-    images1[1] *= 0.7
-    images1[2] = torch.rand((1, height, width), generator=generator)
-    return images0, images1
+from realfill.rank.matching import loftr
+from realfill.rank.ranking import rank_candidates
+from realfill.rank.references import prepare_references
+from tests.realfill.rank.pictures import (
+    coarse,
+    grey_photo,
+    plain_loftr,
+    shifted_pairs,
+    with_threshold,
+)
 
 
 # Random weights are rarely sure, so thresholds are low enough for matches to exist.
@@ -54,9 +32,9 @@ def _images(height: int, width: int) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def test_matches_equal_plain_kornia(base: dict[str, Any], threshold: float) -> None:
     """Points, pairs and counts equal ``LoFTR.forward`` pair by pair, in both configurations."""
-    plain = _plain(_config(base, threshold))
-    matcher = _matcher(plain)
-    images0, images1 = _images(64, 96)
+    plain = plain_loftr(with_threshold(base, threshold))
+    matcher = coarse(plain)
+    images0, images1 = shifted_pairs(64, 96)
     found = matcher.match(matcher.features(images0), matcher.features(images1))
     for pair in range(3):
         truth = plain({"image0": images0[pair, None], "image1": images1[pair, None]})
@@ -70,9 +48,9 @@ def test_matches_equal_plain_kornia(base: dict[str, Any], threshold: float) -> N
 @torch.no_grad()
 def test_matches_equal_plain_kornia_for_images_of_two_sizes() -> None:
     """The two sides of a pair need not have one size."""
-    plain = _plain(_config(CONFIG, 2e-2))
-    matcher = _matcher(plain)
-    images0, _ = _images(64, 96)
+    plain = plain_loftr(with_threshold(CONFIG, 2e-2))
+    matcher = coarse(plain)
+    images0, _ = shifted_pairs(64, 96)
     images1 = images0[..., 8:56, 16:]
     found = matcher.match(matcher.features(images0), matcher.features(images1))
     truth = plain({"image0": images0, "image1": images1})
@@ -83,11 +61,13 @@ def test_matches_equal_plain_kornia_for_images_of_two_sizes() -> None:
 
 def test_chunks_do_not_change_the_matches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pairs matched one by one give what they give together."""
-    matcher = _matcher(_plain(_config(CONFIG, 2e-2)))
-    images0, images1 = _images(64, 64)
+    matcher = coarse(plain_loftr(with_threshold(CONFIG, 2e-2)))
+    images0, images1 = shifted_pairs(64, 64)
     features = matcher.features(images0), matcher.features(images1)
     together = matcher.match(*features)
-    monkeypatch.setattr(matching, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(matching, "CHUNK_CELLS", {"cpu": 1})
+    monkeypatch.setattr(matching, "CHUNK_PX", {"cpu": 1})
+    features = matcher.features(images0), matcher.features(images1)
     alone = matcher.match(*features)
     assert len(together) > 0
     assert torch.equal(together.pair, alone.pair)
@@ -96,8 +76,8 @@ def test_chunks_do_not_change_the_matches(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_one_reference_is_matched_with_every_candidate() -> None:
     """A single image 1 stands for as many as there are images 0."""
-    matcher = _matcher(_plain(_config(CONFIG, 2e-2)))
-    images0, images1 = _images(64, 64)
+    matcher = coarse(plain_loftr(with_threshold(CONFIG, 2e-2)))
+    images0, images1 = shifted_pairs(64, 64)
     one = matcher.match(matcher.features(images0), matcher.features(images1[:1]))
     many = matcher.match(matcher.features(images0), matcher.features(images1[[0, 0, 0]]))
     assert torch.equal(one.pair, many.pair)
@@ -106,23 +86,23 @@ def test_one_reference_is_matched_with_every_candidate() -> None:
 
 def test_uneven_batches_are_refused() -> None:
     """Two images cannot be paired with three."""
-    matcher = _matcher(_plain(_config(CONFIG, 0.2)))
-    images0, images1 = _images(64, 64)
+    matcher = coarse(plain_loftr(with_threshold(CONFIG, 0.2)))
+    images0, images1 = shifted_pairs(64, 64)
     with pytest.raises(ValueError, match="2 images cannot be paired with 3"):
         matcher.match(matcher.features(images0[:2]), matcher.features(images1))
 
 
 def test_sides_beyond_the_multiple_are_refused() -> None:
     """A side of 60 px is no number of cells."""
-    matcher = _matcher(_plain(_config(CONFIG, 0.2)))
+    matcher = coarse(plain_loftr(with_threshold(CONFIG, 0.2)))
     with pytest.raises(ValueError, match="multiples of 8"):
         matcher.features(torch.zeros(1, 1, 60, 64))
 
 
 def test_matches_at_the_border_count() -> None:
     """An image matched with itself matches in its corner cells too."""
-    matcher = _matcher(_plain(_config(CONFIG, 0.0)))
-    images0, _ = _images(64, 64)
+    matcher = coarse(plain_loftr(with_threshold(CONFIG, 0.0)))
+    images0, _ = shifted_pairs(64, 64)
     features = matcher.features(images0[:1])
     points = matcher.match(features, features).points0
     assert points.min() == 0
@@ -131,12 +111,12 @@ def test_matches_at_the_border_count() -> None:
 
 def test_a_file_with_its_configuration_loads(tmp_path: Path) -> None:
     """Weights and configuration of a safetensors file give the matcher that wrote them."""
-    plain = _plain(_config(CONFIG, 2e-2))
+    plain = plain_loftr(with_threshold(CONFIG, 2e-2))
     path = tmp_path / "small.safetensors"
     save_file(dict(plain.state_dict()), path, {"config": json.dumps(plain.config)})
-    images0, images1 = _images(64, 64)
+    images0, images1 = shifted_pairs(64, 64)
     counts = []
-    for matcher in (_matcher(plain), loftr(path)):
+    for matcher in (coarse(plain), loftr(path)):
         found = matcher.match(matcher.features(images0), matcher.features(images1))
         counts.append(torch.bincount(found.pair, minlength=3).tolist())
     assert counts[0] == counts[1]
@@ -145,7 +125,7 @@ def test_a_file_with_its_configuration_loads(tmp_path: Path) -> None:
 
 def test_a_checkpoint_of_the_full_model_loads(tmp_path: Path) -> None:
     """The published ``.ckpt`` form loads with the full configuration."""
-    plain = _plain(_config(default_cfg, 0.2))
+    plain = plain_loftr(with_threshold(default_cfg, 0.2))
     path = tmp_path / "outdoor.ckpt"
     weights = {f"matcher.{name}": tensor for name, tensor in plain.state_dict().items()}
     torch.save({"state_dict": weights}, path)
@@ -185,20 +165,59 @@ def test_an_unreachable_hub_is_answered(monkeypatch: pytest.MonkeyPatch, tmp_pat
         loftr("outdoor")
 
 
+@pytest.mark.weights
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @torch.no_grad()
-def test_a_bfloat16_backbone_keeps_the_order_of_counts() -> None:
-    """Reduced precision of the backbone changes counts little."""
-    plain = _plain(_config(CONFIG, 2e-2))
-    exact = _matcher(plain)
-    net = CoarseLoFTR(plain.config)
-    net.load_state_dict(exact.net.state_dict())
-    half = LoFTRMatcher(
-        net, name="half", working_px=64, device=torch.device("cpu"), dtype=torch.bfloat16
-    )
-    images0, images1 = _images(64, 64)
-    counts = [
-        torch.bincount(m.match(m.features(images0), m.features(images1)).pair, minlength=3)
-        for m in (exact, half)
-    ]
-    assert torch.equal(counts[0].argsort(stable=True), counts[1].argsort(stable=True))
-    assert half.features(images0).tokens.dtype == torch.float32
+def test_reduced_precision_keeps_the_order_of_counts(dtype: torch.dtype) -> None:
+    """Counts of sixteen candidates, from sharp to shapeless, correlate by rank to 0.99."""
+    truth, reference = grey_photo("motorcycle_right.png"), grey_photo("motorcycle_left.png")
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(truth.shape, generator=generator)
+    candidates = torch.cat([(truth + 0.025 * k * noise).clamp(0, 1) for k in range(16)])
+    counts = []
+    for matcher in (loftr("nano"), loftr("nano", dtype=dtype)):
+        features = matcher.features(candidates)
+        assert features.tokens.dtype == torch.float32
+        counts.append(
+            (matcher.compare(features, matcher.features(reference)).confidence > 0).sum(1)
+        )
+    assert len(counts[0].unique()) > 10
+    assert spearmanr(*counts).statistic >= 0.99
+
+
+@torch.no_grad()
+def test_half_precision_holds_large_images() -> None:
+    """Attention over 4096 cells of the full configuration stays finite in float16."""
+    matcher = coarse(plain_loftr(with_threshold(default_cfg, 0.0)), torch.float16)
+    tokens = torch.randn((1, 4096, 256), generator=torch.Generator().manual_seed(0)) * 3
+    layer = matcher.net.loftr_coarse.layers[0]
+    with torch.autocast("cpu", torch.float16):
+        assert layer(tokens, tokens).isfinite().all()
+
+
+def test_the_digest_is_of_weights_and_configuration() -> None:
+    """Equal matchers share it; another threshold or weight has another."""
+    plain = plain_loftr(with_threshold(CONFIG, 2e-2))
+    digest = coarse(plain).digest
+    assert len(digest) == 64
+    assert coarse(plain).digest == digest
+    assert coarse(plain, torch.bfloat16).digest == digest
+    assert coarse(plain_loftr(with_threshold(CONFIG, 3e-2))).digest != digest
+    with torch.no_grad():
+        plain.loftr_coarse.layers[0].q_proj.weight[0, 0] += 1
+    assert coarse(plain).digest != digest
+
+
+@pytest.mark.gpu
+def test_ranking_does_not_wait_for_the_device() -> None:
+    """Between images in and scores out the host never synchronises."""
+    matcher = loftr("nano", "cuda")
+    candidates = torch.rand(4, 3, 256, 256, device="cuda")
+    mask = torch.ones(256, 256)
+    references = prepare_references(matcher, list(candidates[:2]))
+    rank_candidates(matcher, candidates, mask, references)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        rank_candidates(matcher, candidates, mask, references)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -15,20 +15,23 @@ from torch.nn import functional as F
 
 from realfill.errors import InvalidScene
 from realfill.nano.pretrain_matcher import CONFIG
-from realfill.rank.matching import CoarseLoFTR, Correspondences, Features, LoFTRMatcher, loftr
-from realfill.rank.ranking import Ranking, prepare_references, rank_candidates
+from realfill.rank.correspondences import Features, Matcher, Matches
+from realfill.rank.matching import CoarseLoFTR, LoFTRMatcher, loftr
+from realfill.rank.ranking import Ranking, rank_candidates
+from realfill.rank.references import prepare_references
 
 SIZE = 64
 
 
 @dataclass
-class ScriptedMatcher:
+class ScriptedMatcher(Matcher):
     """Answers each ``match`` with the next of its scripted rows (pair, x, y, confidence)."""
 
     script: list[list[tuple[int, int, int, float]]]
     name: str = "scripted"
     size_multiple: int = 8
     working_px: int = SIZE
+    digest: str = "scripted"
     seen: list[tuple[int, ...]] = field(default_factory=list)
 
     def features(self, images: Tensor) -> Features:
@@ -36,9 +39,14 @@ class ScriptedMatcher:
         grid = (images.shape[2] // 8, images.shape[3] // 8)
         return Features(torch.zeros(len(images), grid[0] * grid[1], 1), grid)
 
-    def match(self, features0: Features, features1: Features) -> Correspondences:
-        rows = torch.tensor(self.script.pop(0), dtype=torch.float32).view(-1, 4)
-        return Correspondences(rows[:, 1:3], rows[:, 1:3], rows[:, 3], rows[:, 0].long())
+    def compare(self, features0: Features, features1: Features) -> Matches:
+        rows = self.script.pop(0)
+        points = torch.zeros(len(features0), max(1, len(rows)), 2)
+        confidence = torch.zeros(points.shape[:2])
+        for k, (pair, x, y, sure) in enumerate(rows):
+            points[pair, k] = torch.tensor([x, y])
+            confidence[pair, k] = sure
+        return Matches(points, points, confidence)
 
 
 def _mask(top: int, left: int, bottom: int, right: int) -> Tensor:

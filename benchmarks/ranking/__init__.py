@@ -1,0 +1,1 @@
+"""Ranking against naive kornia pairs, and matches against true disparity."""
