@@ -58,7 +58,7 @@ def build_road(settings: Settings) -> Road:
     import torch
 
     from realfill.base import load_base
-    from realfill.rank import loftr
+    from realfill.rank import load_matcher
     from registry import Registry
     from registry.signing import Guard, Policy
     from service.engine import Engine
@@ -71,7 +71,7 @@ def build_road(settings: Settings) -> Road:
     if dtype == "auto":
         dtype = "bfloat16" if device.startswith("cuda") else "float32"
     registry = Registry.open(settings.registry, database=settings.registry_database)
-    matcher = None if settings.matcher == "none" else loftr(settings.matcher, device)
+    matcher = None if settings.matcher == "none" else load_matcher(settings.matcher, device)
     base = load_base(settings.base, device=device, dtype=getattr(torch, dtype))
     engine = Engine(
         base,

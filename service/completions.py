@@ -17,12 +17,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive
 
+from service.answer import Answer, Pending, Plan
 from service.errors import Cancelled, DeadlineExceeded, InvalidRequest, QueueFull
 from service.forms import fields_of, files_of, read_form, wanted_form
 from service.images import encode, read_image, read_mask
 from service.metrics import Metrics
 from service.middleware import record_of
-from service.road import Answer, Pending, Plan, Road
+from service.road import Road
 from service.schemas import CandidateView, CompletionFields, CompletionView, ImageFormat
 from service.settings import Settings
 
@@ -77,6 +78,7 @@ class Ask:
     top: int
     as_json: bool
     image_format: ImageFormat
+    evidence: bool
 
 
 class Completions:
@@ -144,7 +146,7 @@ class Completions:
             halving=self.settings.halving if fields.halving is None else fields.halving,
         )
         as_json, image_format = wanted_form(request.headers.get("accept"), fields.format)
-        return Ask(scene, image, mask, plan, top, as_json, image_format)
+        return Ask(scene, image, mask, plan, top, as_json, image_format, fields.evidence)
 
     async def _attend(
         self,
@@ -230,16 +232,18 @@ class Completions:
             headers["X-RealFill-Stale"] = "true"
         if best.score is not None:
             headers["X-RealFill-Score"] = str(best.score)
+            headers["X-RealFill-Verdict"] = str(best.verdict)
         return Response(encoded, media_type=f"image/{ask.image_format}", headers=headers)
 
     def _as_json(self, ask: Ask, answer: Answer, request_id: str, started: float) -> Response:
         """All candidates, best first, the first ``top`` with their images."""
         views = []
         for place, candidate in enumerate(answer.candidates):
-            image = None
+            image = evidence = None
             if place < ask.top:
-                encoded = self._encoded(answer, place, ask.image_format)
-                image = base64.b64encode(encoded).decode("ascii")
+                image = _text(self._encoded(answer, place, ask.image_format))
+                drawn = answer.evidence(place) if ask.evidence else None
+                evidence = None if drawn is None else _text(encode(drawn, "png"))
             per_reference = candidate.per_reference
             views.append(
                 CandidateView(
@@ -248,7 +252,9 @@ class Completions:
                     per_reference=None if per_reference is None else list(per_reference),
                     confidence=candidate.confidence,
                     coverage=candidate.coverage,
+                    verdict=candidate.verdict,
                     image=image,
+                    evidence=evidence,
                 )
             )
         answer.timings_s["total"] = time.perf_counter() - started
@@ -289,6 +295,10 @@ async def _until_disconnect(receive: Receive) -> None:
     """Return when the client has left; the body must have been read."""
     while (await receive())["type"] != "http.disconnect":
         continue
+
+
+def _text(file: bytes) -> str:
+    return base64.b64encode(file).decode("ascii")
 
 
 def _milliseconds(seconds: dict[str, float]) -> dict[str, float]:

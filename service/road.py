@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from typing import Protocol, TypeVar
 
@@ -18,20 +18,27 @@ from torch import Tensor
 
 from realfill.base import Base
 from realfill.capsule import Capsule, read_capsule
-from realfill.complete.compositing import Window, composite, crop, crop_mask, paste, window_of
+from realfill.complete.compositing import composite, crop, crop_mask, window_of
 from realfill.complete.seam import seamless
 from realfill.errors import InvalidCapsule
-from realfill.rank import Matcher, Ranking, ReferenceFeatures, prepare_references, rank_candidates
+from realfill.rank import (
+    Matcher,
+    Ranking,
+    ReferenceFeatures,
+    from_extras,
+    prepare_references,
+    rank_candidates,
+)
 from registry import Registry, Version
 from registry.signing import Guard
+from service.answer import Answer, Pending, Plan, candidates_of, composited, references_of
 from service.capsules import Capsules, Loaded
 from service.engine import EngineMetrics, Halving, Job, Sampled
 from service.errors import Cancelled
-from service.images import to_bytes, to_pixels
+from service.images import to_pixels
 from service.leases import Leases
 from service.resolver import Resolver
 
-REFERENCES = "references."
 MIN_REFERENCE_PX = 8
 MAX_REFERENCE_PX = 1024
 
@@ -65,100 +72,6 @@ class Lane(Protocol):
     def metrics(self) -> EngineMetrics | None:
         """What was done and is before the lane; None where nothing is known."""
         ...
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How to sample: one candidate per seed.
-
-    Attributes:
-        feather_px: Width of the blend, in pixels of the image.
-        seamless: Whether samples are shifted to meet the known pixels around the hole.
-        deadline: When to answer with what is finished, on ``time.monotonic``'s clock.
-        halving: Whether to give up the worse candidates half-way.
-    """
-
-    seeds: tuple[int, ...]
-    steps: int
-    sampler: str
-    feather_px: int
-    seamless: bool = True
-    deadline: float | None = None
-    halving: bool = False
-
-
-@dataclass(frozen=True)
-class Pending:
-    """A completion on its way through the lane; stale where its alias may have moved."""
-
-    version: Version
-    stale: bool
-    loaded: Loaded
-    plan: Plan
-    image: Tensor
-    mask: Tensor
-    window: Window
-    job: Job
-    future: Future[Sampled]
-    timings_s: dict[str, float]
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One candidate's evidence; None where nothing was ranked.
-
-    Attributes:
-        sample: Its index among the samples.
-        score: Correspondences between its filled region and the references.
-        per_reference: The same, for each reference.
-        confidence: Sum of the correspondences' confidences.
-        coverage: Share of the hole that a reference matches, in [0, 1].
-    """
-
-    sample: int
-    seed: int
-    score: int | None = None
-    per_reference: tuple[int, ...] | None = None
-    confidence: float | None = None
-    coverage: float | None = None
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A completion: candidates, best first, and where they came from.
-
-    Attributes:
-        margin: Best score minus the median score.
-        timings_s: Seconds per stage.
-        partial: Whether the deadline came before every seed was finished.
-        stale: Whether the registry did not answer, so that the alias may have moved.
-    """
-
-    version: Version
-    plan: Plan
-    base_fingerprint: str
-    candidates: tuple[Candidate, ...]
-    margin: float | None
-    timings_s: dict[str, float]
-    partial: bool
-    stale: bool
-    _pending: Pending = field(repr=False)
-    _samples: Tensor = field(repr=False)
-
-    @property
-    def ranked(self) -> bool:
-        """Whether the order is by score; else it is by seed."""
-        return self.candidates[0].score is not None
-
-    def picture(self, place: int) -> Tensor:
-        """The candidate at a place of the list, at the image's own resolution, 8 bit. [3, H, W]
-
-        Made on demand: sixteen candidates of a large photograph would take gigabytes.
-        """
-        sample = self._samples[self.candidates[place].sample][None]
-        pending = self._pending
-        target, mask = to_pixels(pending.image), pending.mask.float()
-        return to_bytes(paste(sample, pending.window, target, mask, self.plan.feather_px)[0])
 
 
 class Road:
@@ -291,24 +204,23 @@ class Road:
             version=pending.version,
             plan=pending.plan,
             base_fingerprint=self.base.fingerprint,
-            candidates=_candidates(sampled.seeds, ranking),
+            candidates=candidates_of(sampled.seeds, ranking),
             margin=ranking.margin if ranking else None,
             timings_s=timings,
             partial=sampled.partial,
             stale=pending.stale,
             _pending=pending,
             _samples=samples,
+            _ranking=ranking,
         )
 
     def _rank(self, pending: Pending, samples: Tensor) -> Ranking | None:
         references = pending.loaded.references
         if references is None or self.matcher is None:
             return None
-        job, size_px = pending.job, self.base.size_px
-        feather_px = round(pending.plan.feather_px * size_px / pending.window.side)
-        candidates = composite(samples, job.target, job.mask, feather_px=feather_px)
+        candidates = composited(pending, samples)
         with self._rank_lock:
-            return rank_candidates(self.matcher, candidates, job.mask, references)
+            return rank_candidates(self.matcher, candidates, pending.job.mask, references)
 
     def _judge(self, references: ReferenceFeatures, job: Job, previews: Tensor) -> Tensor:
         """Scores of previews. [N, 3, S, S] -> [N]"""
@@ -332,7 +244,7 @@ class Road:
             AdapterMismatch: It is for another base.
         """
         capsule = read_capsule(encoded, self.base)
-        for name, photo in _references(capsule).items():
+        for name, photo in references_of(capsule).items():
             sides = photo.shape[1:]
             sound = photo.dtype == torch.uint8 and photo.dim() == 3 and photo.shape[0] == 3
             if not sound or not MIN_REFERENCE_PX <= min(sides) <= max(sides) <= MAX_REFERENCE_PX:
@@ -343,32 +255,13 @@ class Road:
         return capsule
 
     def _prepare(self, capsule: Capsule) -> ReferenceFeatures | None:
-        photos = [to_pixels(photo) for photo in _references(capsule).values()]
+        photos = [to_pixels(photo) for photo in references_of(capsule).values()]
         if not photos or self.matcher is None:
             return None
+        kept = from_extras(self.matcher, capsule.extras)
+        if kept is not None and len(kept) == len(photos):
+            return kept
         return prepare_references(self.matcher, photos)
-
-
-def _references(capsule: Capsule) -> dict[str, Tensor]:
-    """The pictures to rank by, by name."""
-    return {k: capsule.extras[k] for k in sorted(capsule.extras) if k.startswith(REFERENCES)}
-
-
-def _candidates(seeds: tuple[int, ...], ranking: Ranking | None) -> tuple[Candidate, ...]:
-    """Best first where there is a ranking, else by seed."""
-    if ranking is None:
-        return tuple(Candidate(k, seed) for k, seed in enumerate(seeds))
-    return tuple(
-        Candidate(
-            sample=k,
-            seed=seeds[k],
-            score=int(ranking.scores[k]),
-            per_reference=tuple(ranking.per_reference[k].tolist()),
-            confidence=float(ranking.confidence[k]),
-            coverage=float(ranking.coverage[k]),
-        )
-        for k in ranking.order.tolist()
-    )
 
 
 def _timed(timings_s: dict[str, float], stage: str, work: Callable[[], T]) -> T:

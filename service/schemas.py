@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from pydantic_core import PydanticCustomError
 
+from realfill.rank import Verdict
 from registry.records import AliasMove, Page, Scene, Version
 from registry.search import Query
 from service.settings import SamplerName
@@ -40,6 +41,9 @@ class CompletionFields(BaseModel):
         int | None,
         Field(ge=1, description="Answer by then with the candidates that are finished."),
     ] = None
+    evidence: Annotated[
+        bool, Field(description="Draw the correspondences of the first `top` candidates, in JSON.")
+    ] = False
     halving: Annotated[
         bool | None, Field(description="Give up the worse candidates half-way, to save time.")
     ] = None
@@ -53,7 +57,11 @@ class CandidateView(BaseModel):
     per_reference: list[int] | None = Field(description="The same, for each reference.")
     confidence: float | None = Field(description="Sum of the correspondences' confidences.")
     coverage: float | None = Field(description="Share of the hole that a reference matches.")
+    verdict: Verdict | None = Field(description="Whether the references support the filling.")
     image: str | None = Field(description="Base64; null beyond the first `top` candidates.")
+    evidence: str | None = Field(
+        description="Base64 PNG: its correspondences drawn; null unless evidence was asked for."
+    )
 
 
 class CompletionView(BaseModel):

@@ -41,7 +41,12 @@ class Settings(BaseSettings):
         "auto",
         description="Whole weights per scene (fused, CPU) or low-rank terms (segmented, GPU).",
     )
-    matcher: str = Field("nano", description="nano, outdoor, a weights file, or none.")
+    matcher: str = Field(
+        "nano",
+        description="nano, outdoor or a LoFTR weights file, torch: or onnx: in front choosing the "
+        "program; efficientloftr:FOLDER, sift, or none.",
+    )
+    efficientloftr: str | None = Field(None, description="Folder of EfficientLoFTR's weights.")
 
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(3000, ge=0, le=65535)

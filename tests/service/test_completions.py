@@ -352,3 +352,49 @@ def test_completions_in_flight_are_bounded(serve: Serve) -> None:
 
     anyio.run(flood)
     assert sorted(statuses) == [429, 429] + [504] * 6
+
+
+def test_an_answer_says_whether_the_references_support_it(serve: Serve) -> None:
+    """In a header of an image, beside every candidate in JSON, and drawn where it is asked for."""
+    headers = {"Accept": "application/json"}
+    fields = {"seed": "6", "candidates": "4", "top": "2"}
+    plain = serve().post(PATH, files=_files(), data=fields, headers=headers).json()
+    assert [c["evidence"] for c in plain["candidates"]] == [None] * 4
+    assert all(c["verdict"] in ("supported", "weak", "unsupported") for c in plain["candidates"])
+    drawn = (
+        serve()
+        .post(PATH, files=_files(), data={**fields, "evidence": "true"}, headers=headers)
+        .json()
+    )
+    pictures = [c["evidence"] for c in drawn["candidates"]]
+    assert [picture is not None for picture in pictures] == [True, True, False, False]
+    image = Image.open(io.BytesIO(base64.b64decode(pictures[0])))
+    # Candidate and reference side by side, 256 px high.
+    assert image.format == "PNG"
+    assert image.height == 256
+    assert image.width > 512
+    best = serve().post(PATH, files=_files(), data={"seed": "6"})
+    assert best.headers["x-realfill-verdict"] == plain["candidates"][0]["verdict"]
+
+
+def test_a_deadline_gives_what_is_finished_and_says_so(capsule: bytes, tmp_path: Path) -> None:
+    """Some of sixteen candidates by the deadline, in JSON and as an image; none is 504."""
+    base = tiny_base()
+    engine = Engine(base, max_samples=1)
+    road = road_of(base, tmp_path, engine)
+    road.registry.publish(capsule)
+    settings = Settings(steps=40, candidates=16, max_samples=16)
+    with TestClient(create_app(road, settings)) as client:
+        asked = {"deadline_ms": "1500"}
+        client.post(PATH, files=_files(), data={"candidates": "1"})
+        # The calibrated model would refuse what cannot be finished; here it knows nothing.
+        engine.cost.calibrate([1], lambda size: 1e-9, lambda: 0.0)
+        view = client.post(
+            PATH, files=_files(), data=asked, headers={"Accept": "application/json"}
+        ).json()
+        assert view["asked"] == 16
+        assert view["partial"] == (len(view["candidates"]) < 16)
+        assert 1 <= len(view["candidates"]) <= 16
+        late = client.post(PATH, files=_files(), data={"deadline_ms": "1"})
+    assert late.status_code == 504
+    assert late.json()["error"]["code"] == "deadline_exceeded"

@@ -19,8 +19,9 @@ from registry.address import DATABASE_FILE
 from registry.blobs import open_directory
 from registry.cli import cli
 from registry.database import Database
+from service.answer import Plan
 from service.http import create_app
-from service.road import Plan, Road
+from service.road import Road
 from service.settings import Settings
 from tests.fakes import GreyEngine, encoded, hole, photo, road_of
 from tests.registry.test_sweep import Clock

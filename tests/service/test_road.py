@@ -16,9 +16,10 @@ from realfill.capsule import read_capsule, write_capsule
 from realfill.errors import AdapterMismatch, InvalidCapsule
 from registry.errors import CorruptObject, NotFound, SignatureRefused
 from registry.signing import Guard, Policy, sign
+from service.answer import Plan
 from service.engine import Engine
 from service.errors import Cancelled
-from service.road import Plan, Road
+from service.road import Road
 from tests.fakes import GreyEngine, hole, photo, road_of
 from tests.registry.test_signing import write_keys
 from tests.tiny import tiny_base, tiny_capsule

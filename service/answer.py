@@ -1,0 +1,164 @@
+"""One completion on its way and at its end: its plan, its candidates, and what speaks for them."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from realfill.capsule import Capsule
+from realfill.complete.compositing import Window, composite, paste
+from realfill.rank import Ranking, Verdict, draw_correspondences, judge
+from registry import Version
+from service.capsules import Loaded
+from service.engine import Job, Sampled
+from service.images import to_bytes, to_pixels
+
+REFERENCES = "references."
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to sample: one candidate per seed.
+
+    Attributes:
+        feather_px: Width of the blend, in pixels of the image.
+        seamless: Whether samples are shifted to meet the known pixels around the hole.
+        deadline: When to answer with what is finished, on ``time.monotonic``'s clock.
+        halving: Whether to give up the worse candidates half-way.
+    """
+
+    seeds: tuple[int, ...]
+    steps: int
+    sampler: str
+    feather_px: int
+    seamless: bool = True
+    deadline: float | None = None
+    halving: bool = False
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A completion on its way through the lane; stale where its alias may have moved."""
+
+    version: Version
+    stale: bool
+    loaded: Loaded
+    plan: Plan
+    image: Tensor
+    mask: Tensor
+    window: Window
+    job: Job
+    future: Future[Sampled]
+    timings_s: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One candidate's evidence; None where nothing was ranked.
+
+    Attributes:
+        sample: Its index among the samples.
+        score: Correspondences between its filled region and the references.
+        per_reference: The same, for each reference.
+        confidence: Sum of the correspondences' confidences.
+        coverage: Share of the hole that a reference matches, in [0, 1].
+        verdict: Whether the references support it.
+    """
+
+    sample: int
+    seed: int
+    score: int | None = None
+    per_reference: tuple[int, ...] | None = None
+    confidence: float | None = None
+    coverage: float | None = None
+    verdict: Verdict | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A completion: candidates, best first, and where they came from.
+
+    Attributes:
+        margin: Best score minus the median score.
+        timings_s: Seconds per stage.
+        partial: Whether the deadline came before every seed was finished.
+        stale: Whether the registry did not answer, so that the alias may have moved.
+    """
+
+    version: Version
+    plan: Plan
+    base_fingerprint: str
+    candidates: tuple[Candidate, ...]
+    margin: float | None
+    timings_s: dict[str, float]
+    partial: bool
+    stale: bool
+    _pending: Pending = field(repr=False)
+    _samples: Tensor = field(repr=False)
+    _ranking: Ranking | None = field(repr=False)
+
+    @property
+    def ranked(self) -> bool:
+        """Whether the order is by score; else it is by seed."""
+        return self.candidates[0].score is not None
+
+    def picture(self, place: int) -> Tensor:
+        """The candidate at a place of the list, at the image's own resolution, 8 bit. [3, H, W]
+
+        Made on demand: sixteen candidates of a large photograph would take gigabytes.
+        """
+        sample = self._samples[self.candidates[place].sample][None]
+        pending = self._pending
+        target, mask = to_pixels(pending.image), pending.mask.float()
+        return to_bytes(paste(sample, pending.window, target, mask, self.plan.feather_px)[0])
+
+    def evidence(self, place: int) -> Tensor | None:
+        """The candidate at a place beside the reference that vouches for it most, 8 bit. [3, H, W]
+
+        Lines join their correspondences. None where nothing was ranked.
+        """
+        if self._ranking is None:
+            return None
+        sample, pending = self.candidates[place].sample, self._pending
+        best = int(self._ranking.per_reference[sample].argmax())
+        name = list(references_of(pending.loaded.capsule))[best]
+        drawn = draw_correspondences(
+            composited(pending, self._samples[sample][None])[0],
+            to_pixels(pending.loaded.capsule.extras[name]),
+            self._ranking.correspondences[best].of_pair(sample),
+            pending.job.mask,
+        )
+        return to_bytes(drawn)
+
+
+def references_of(capsule: Capsule) -> dict[str, Tensor]:
+    """The pictures to rank by, by name."""
+    return {k: capsule.extras[k] for k in sorted(capsule.extras) if k.startswith(REFERENCES)}
+
+
+def composited(pending: Pending, samples: Tensor) -> Tensor:
+    """Candidates as they are ranked: the window at the size that the model saw. [N, 3, S, S]"""
+    job = pending.job
+    feather_px = round(pending.plan.feather_px * job.mask.shape[-1] / pending.window.side)
+    return composite(samples, job.target, job.mask, feather_px=feather_px)
+
+
+def candidates_of(seeds: tuple[int, ...], ranking: Ranking | None) -> tuple[Candidate, ...]:
+    """Best first where there is a ranking, else by seed."""
+    if ranking is None:
+        return tuple(Candidate(k, seed) for k, seed in enumerate(seeds))
+    verdicts = judge(ranking)
+    return tuple(
+        Candidate(
+            sample=k,
+            seed=seeds[k],
+            score=int(ranking.scores[k]),
+            per_reference=tuple(ranking.per_reference[k].tolist()),
+            confidence=float(ranking.confidence[k]),
+            coverage=float(ranking.coverage[k]),
+            verdict=verdicts[k],
+        )
+        for k in ranking.order.tolist()
+    )
