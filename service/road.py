@@ -234,7 +234,7 @@ class Road:
         data = self.registry.fetch(f"sha256:{version.digest}")
         self._guard.check(self.registry, version, data)
         capsule = self.check(data)
-        return Loaded(capsule, self._prepare(capsule))
+        return Loaded(capsule, self.prepare(capsule))
 
     def check(self, encoded: bytes) -> Capsule:
         """Read a capsule and make sure that this service can serve it.
@@ -254,7 +254,8 @@ class Road:
                 )
         return capsule
 
-    def _prepare(self, capsule: Capsule) -> ReferenceFeatures | None:
+    def prepare(self, capsule: Capsule) -> ReferenceFeatures | None:
+        """The capsule's references as the matcher sees them, kept in it or made now."""
         photos = [to_pixels(photo) for photo in references_of(capsule).values()]
         if not photos or self.matcher is None:
             return None

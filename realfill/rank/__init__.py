@@ -8,7 +8,13 @@ from realfill.rank.matchers import load_matcher
 from realfill.rank.matching import loftr
 from realfill.rank.preflight import Caution, preflight
 from realfill.rank.ranking import Ranking, rank_candidates
-from realfill.rank.references import ReferenceFeatures, from_extras, prepare_references, to_extras
+from realfill.rank.references import (
+    ReferenceFeatures,
+    from_extras,
+    prepare_references,
+    to_extras,
+    with_features,
+)
 
 __all__ = [
     "Caution",
@@ -31,4 +37,5 @@ __all__ = [
     "prepare_references",
     "rank_candidates",
     "to_extras",
+    "with_features",
 ]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from realfill.capsule import Capsule
 from realfill.rank.correspondences import Features, Matcher
 
 # Luma weights of sRGB, those that LoFTR was trained with.
@@ -84,6 +85,14 @@ def to_extras(matcher: Matcher, references: ReferenceFeatures) -> dict[str, Tens
         if seen.points is not None:
             extras[f"{prefix}.points"] = seen.points[0].float().cpu()
     return extras
+
+
+def with_features(capsule: Capsule, matcher: Matcher) -> Capsule:
+    """The capsule with what a matcher sees of its own reference pictures kept beside them."""
+    names = sorted(name for name in capsule.extras if name.startswith("references."))
+    photos = [capsule.extras[name].float() / 255 for name in names]
+    kept = to_extras(matcher, prepare_references(matcher, photos))
+    return replace(capsule, extras={**capsule.extras, **kept})
 
 
 def from_extras(matcher: Matcher, extras: Mapping[str, Tensor]) -> ReferenceFeatures | None:

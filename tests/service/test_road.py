@@ -14,13 +14,14 @@ from torch import Tensor
 from realfill.base import Base
 from realfill.capsule import read_capsule, write_capsule
 from realfill.errors import AdapterMismatch, InvalidCapsule
+from realfill.rank import Features, loftr, with_features
 from registry.errors import CorruptObject, NotFound, SignatureRefused
 from registry.signing import Guard, Policy, sign
 from service.answer import Plan
 from service.engine import Engine
 from service.errors import Cancelled
 from service.road import Road
-from tests.fakes import GreyEngine, hole, photo, road_of
+from tests.fakes import GreyEngine, LightMatcher, hole, photo, road_of
 from tests.registry.test_signing import write_keys
 from tests.tiny import tiny_base, tiny_capsule
 
@@ -225,3 +226,27 @@ def test_an_unsigned_capsule_is_refused_where_signatures_are_required(
         guarded.complete("tower", image, mask, PLAN)
     sign(registry, "tower", private)
     assert guarded.complete("tower", image, mask, PLAN).version.number == 1
+
+
+def test_features_that_the_capsule_keeps_are_not_made_again(base: Base, tmp_path: Path) -> None:
+    """Kept by the matcher that serves, they are used; of another matcher, they are not."""
+    matcher, other = loftr("nano"), LightMatcher()
+    plain = read_capsule(tiny_capsule(base, "tower", seed=1), base)
+    kept = read_capsule(write_capsule(with_features(plain, matcher)), base)
+    made: list[int] = []
+
+    def counted(images: Tensor) -> Features:
+        made.append(len(images))
+        return type(matcher).features(matcher, images)
+
+    matcher.features = counted  # type: ignore[method-assign]
+    road = road_of(base, tmp_path, matcher=matcher)
+    from_capsule, anew = road.prepare(kept), road.prepare(plain)
+    assert made == [1, 1]
+    assert from_capsule is not None
+    assert anew is not None
+    for one, two in zip(from_capsule.features, anew.features, strict=True):
+        assert torch.equal(one.tokens, two.tokens)
+    assert from_capsule.sizes == anew.sizes == ((32, 48), (32, 48))
+    assert road_of(base, tmp_path / "other", matcher=other).prepare(kept) is not None
+    assert made == [1, 1]
