@@ -55,7 +55,7 @@ class Tier(Generic[V]):
         self.budget_bytes = budget_bytes
         self._on_evict = on_evict
         self._entries: OrderedDict[str, _Entry[V]] = OrderedDict()
-        # Held while a value is made, so that nothing is made twice.
+        self._making: dict[str, threading.Event] = {}
         self._lock = threading.RLock()
         self._held_bytes = 0
         self._hits = self._misses = self._evictions = 0
@@ -75,33 +75,67 @@ class Tier(Generic[V]):
             return list(self._entries)
 
     def take(
-        self, digest: str, size_bytes: int, make: Callable[[], V], *, pin: bool = True
+        self,
+        digest: str,
+        size_bytes: int,
+        make: Callable[[], V],
+        *,
+        pin: bool = True,
+        wait: bool = True,
     ) -> V | None:
         """Find a value or make it, and keep it there until it is given back.
+
+        Nothing is made twice, and the tier stays open to others while a value is made.
 
         Args:
             digest: Its name.
             size_bytes: What it takes.
             make: Makes it, once there is room for it.
             pin: Whether it must stay until ``give_back``; otherwise it is brought for later.
+            wait: Whether to wait for a value that another thread is making.
 
         Returns:
-            The value; None where everything that could make room is pinned.
+            The value; None where everything that could make room is pinned, or where it is being
+            made and nobody wants to wait.
         """
-        with self._lock:
-            entry = self._entries.get(digest)
-            if entry is None:
-                if not self._make_room(size_bytes):
-                    return None
-                entry = _Entry(make(), size_bytes)
-                self._entries[digest] = entry
-                self._held_bytes += size_bytes
-                self._misses += 1
-            elif pin:
-                self._hits += 1
-            self._entries.move_to_end(digest)
-            entry.pins += int(pin)
+        while True:
+            with self._lock:
+                entry = self._entries.get(digest)
+                if entry is not None:
+                    return self._use(digest, entry, pin=pin)
+                made = self._making.get(digest)
+                if made is None:
+                    if not self._make_room(size_bytes):
+                        return None
+                    self._making[digest] = threading.Event()
+                    self._held_bytes += size_bytes
+                    break
+            if not wait:
+                return None
+            made.wait()
+        return self._made(digest, size_bytes, make, pin=pin)
+
+    def _use(self, digest: str, entry: _Entry[V], *, pin: bool) -> V:
+        """Something that is there; the lock is held."""
+        self._hits += int(pin)
+        entry.pins += int(pin)
+        self._entries.move_to_end(digest)
+        return entry.value
+
+    def _made(self, digest: str, size_bytes: int, make: Callable[[], V], *, pin: bool) -> V:
+        """Make what there is room for; without the lock."""
+        entry: _Entry[V] | None = None
+        try:
+            entry = _Entry(make(), size_bytes, int(pin))
             return entry.value
+        finally:
+            with self._lock:
+                if entry is None:
+                    self._held_bytes -= size_bytes
+                else:
+                    self._entries[digest] = entry
+                    self._misses += 1
+                self._making.pop(digest).set()
 
     def give_back(self, digest: str) -> None:
         """Undo one pin."""
@@ -159,7 +193,7 @@ class Tier(Generic[V]):
             if not self._entries[digest].pins:
                 self._remove(digest)
                 self._evictions += 1
-        return self._fits(size_bytes) or not self._entries
+        return self._fits(size_bytes) or not (self._entries or self._making)
 
     def _fits(self, size_bytes: int) -> bool:
         return self._held_bytes + size_bytes <= self.budget_bytes

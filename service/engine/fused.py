@@ -101,13 +101,13 @@ class FusedWeights:
         """Paths of the modules that adapters may change."""
         return tuple(self._modules)
 
-    def take(self, digest: str, adapter: Adapter) -> bool:
+    def take(self, digest: str, adapter: Adapter, *, wait: bool = True) -> bool:
         """Fuse an adapter's set, or find it, and pin it; see ``Weights``."""
-        return self._take(digest, adapter, pin=True)
+        return self._take(digest, adapter, pin=True, wait=wait)
 
     def bring(self, digest: str, adapter: Adapter) -> None:
         """Fuse an adapter's set for later; see ``Weights``."""
-        self._take(digest, adapter, pin=False)
+        self._take(digest, adapter, pin=False, wait=True)
 
     def give_back(self, digest: str) -> None:
         """Unpin a set."""
@@ -181,11 +181,12 @@ class FusedWeights:
         self._installed.release()
         self._tier.clear()
 
-    def _take(self, digest: str, adapter: Adapter, *, pin: bool) -> bool:
+    def _take(self, digest: str, adapter: Adapter, *, pin: bool, wait: bool) -> bool:
         def make() -> FusedSet:
             return self._fuse(stage(self._modules, digest, adapter))
 
-        return self._tier.take(digest, self._set_bytes, make, pin=pin) is not None
+        taken = self._tier.take(digest, self._set_bytes, make, pin=pin, wait=wait)
+        return taken is not None
 
     @torch.no_grad()
     def _fuse(self, staged: StagedAdapter) -> FusedSet:

@@ -28,6 +28,8 @@ DECODED_AT_ONCE = 4
 RUNNING_BATCHES = 4
 # Ranks whose adapters may share a batch from the start, without a capture: the paper's.
 SHARED_RANKS = (8,)
+# Jobs that may begin before one whose adapter found no room; then its turn comes first.
+MOST_OVERTAKEN = 8
 # While judges look at all samples that there are, the lane looks up this often.
 PAUSE_S = 0.05
 
@@ -96,7 +98,11 @@ class Lane:
         """Let waiting jobs run, in their order, as far as samples and adapters have room."""
         with self.board.changed:
             waiting = list(self.board.waiting)
+        passed: list[Task] = []
         for task in waiting:
+            if task.late:
+                self.board.withdraw(task, _too_late())
+                continue
             running = self.board.running
             samples = sum(len(other.samples) for other in running)
             full = samples + len(task.job.seeds) > self._most_samples
@@ -108,8 +114,13 @@ class Lane:
                 self.board.withdraw(task, error)
                 continue
             if not ready:
-                # Others may have adapters that are there already.
+                # Others may have adapters that are there already, but not for ever.
+                passed.append(task)
+                if task.overtaken >= MOST_OVERTAKEN:
+                    break
                 continue
+            for other in passed:
+                other.overtaken += 1
             if self.board.promote(task):
                 self._guard(task, lambda task: task.begin(self.runner.begin(task.job)))
             else:
@@ -120,7 +131,7 @@ class Lane:
         job = task.job
         began = time.perf_counter()
         if job.digest is not None and job.adapter is not None:
-            task.taken = self.runner.weights.take(job.digest, job.adapter)
+            task.taken = self.runner.weights.take(job.digest, job.adapter, wait=False)
             if not task.taken:
                 return False
         task.taken_at = began
@@ -136,11 +147,7 @@ class Lane:
         """A deadline has come: go on with what is finished, if anything is."""
         task.stop()
         if not task.samples:
-            error = DeadlineExceeded(
-                "The deadline came before one candidate was finished: ask for fewer steps, or "
-                "allow more time."
-            )
-            self._end(task, error)
+            self._end(task, _too_late())
 
     def _look(self, task: Task) -> None:
         """Show a job's samples to its judge, or hear the verdict."""
@@ -287,3 +294,10 @@ class Lane:
         work()
         self.runner.synchronize()
         return time.perf_counter() - began
+
+
+def _too_late() -> DeadlineExceeded:
+    return DeadlineExceeded(
+        "The deadline came before one candidate was finished: ask for fewer steps, or allow more "
+        "time."
+    )

@@ -8,6 +8,7 @@ each sample's term from the slot that its adapter has in the arena.
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -166,6 +167,7 @@ class SegmentedWeights:
         self._classes: dict[int, RankClass] = {}
         self._class_of: dict[str, RankClass] = {}
         self._to_forget: set[str] = set()
+        self._lock = threading.Lock()
         self._slots = Slots()
         self._current: tuple[object, ...] = ()
         self._rows_of: dict[tuple[int, int], Tensor] = {}
@@ -185,13 +187,13 @@ class SegmentedWeights:
         """Paths of the modules that adapters may change."""
         return self._swapper.module_paths
 
-    def take(self, digest: str, adapter: Adapter) -> bool:
+    def take(self, digest: str, adapter: Adapter, *, wait: bool = True) -> bool:
         """Copy an adapter into the arena, or find it there, and pin it; see ``Weights``."""
-        return self._take(digest, adapter, pin=True)
+        return self._take(digest, adapter, pin=True, wait=wait)
 
     def bring(self, digest: str, adapter: Adapter) -> None:
         """Copy an adapter into the arena for later; see ``Weights``."""
-        self._take(digest, adapter, pin=False)
+        self._take(digest, adapter, pin=False, wait=True)
 
     def give_back(self, digest: str) -> None:
         """Unpin an adapter."""
@@ -220,7 +222,8 @@ class SegmentedWeights:
         return self._arena() | ({merged} if merged is not None else set())
 
     def _arena(self) -> set[str]:
-        return {digest for kind in self._classes.values() for digest in kind.tier.digests()}
+        kinds = list(self._classes.values())
+        return {digest for kind in kinds for digest in kind.tier.digests()}
 
     def batches(self, parts: Sequence[Part]) -> list[list[int]]:
         """One call for all parts, but those that are large enough for a call of their own."""
@@ -264,7 +267,7 @@ class SegmentedWeights:
 
     def tiers(self) -> Mapping[str, TierMetrics]:
         """The arena, under "device", all rank classes together."""
-        metrics = [rank_class.tier.metrics() for rank_class in self._classes.values()]
+        metrics = [rank_class.tier.metrics() for rank_class in list(self._classes.values())]
         names = TierMetrics.__dataclass_fields__
         return {"device": TierMetrics(**{n: sum(getattr(m, n) for m in metrics) for n in names})}
 
@@ -277,7 +280,7 @@ class SegmentedWeights:
         self._classes.clear()
         self._class_of.clear()
 
-    def _take(self, digest: str, adapter: Adapter, *, pin: bool) -> bool:
+    def _take(self, digest: str, adapter: Adapter, *, pin: bool, wait: bool) -> bool:
         here = self._class_of.get(digest)
         if here is None:
             here = self._class_for(stage(self._modules, digest, adapter).rank)
@@ -287,14 +290,15 @@ class SegmentedWeights:
         def make() -> Slot:
             return kept.put(stage(self._modules, digest, adapter))
 
-        return kept.tier.take(digest, kept.slot_bytes, make, pin=pin) is not None
+        return kept.tier.take(digest, kept.slot_bytes, make, pin=pin, wait=wait) is not None
 
     def _class_for(self, rank: int) -> RankClass:
         wide = padded(rank)
-        if wide not in self._classes:
-            self._left_bytes //= 2
-            self._classes[wide] = RankClass(self._modules, wide, self._left_bytes)
-        return self._classes[wide]
+        with self._lock:
+            if wide not in self._classes:
+                self._left_bytes //= 2
+                self._classes[wide] = RankClass(self._modules, wide, self._left_bytes)
+            return self._classes[wide]
 
     def _slots_of(
         self, parts: Sequence[Part], slots: Sequence[Slot | None], room: int | None

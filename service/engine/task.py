@@ -24,6 +24,8 @@ class Task:
         samples: Those that are not given up, in the order of their seeds; empty until it begins.
         places: Of those samples among the job's seeds.
         images: Decoded samples by place.
+        taken: Whether its adapter is pinned.
+        overtaken: Jobs that began before it although they came later.
         verdict: What a look at the samples will say; while it is awaited they stand still.
         looks: Steps after which samples still have to wait for a look.
         sample_steps_left: What it will take at most.
@@ -38,6 +40,7 @@ class Task:
     places: list[int] = field(default_factory=list)
     images: dict[int, Tensor] = field(default_factory=dict)
     taken: bool = False
+    overtaken: int = 0
     verdict: Future[Tensor] | None = None
     looks: list[int] = field(default_factory=list)
     sample_steps_left: int = 0

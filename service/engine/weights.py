@@ -45,11 +45,12 @@ class Weights(Protocol):
         """Paths of the modules that adapters may change."""
         ...
 
-    def take(self, digest: str, adapter: Adapter) -> bool:
+    def take(self, digest: str, adapter: Adapter, *, wait: bool = True) -> bool:
         """Make an adapter ready and keep it so until ``give_back``.
 
         Returns:
-            False where what jobs need now leaves no room for it.
+            False where what jobs need now leaves no room for it, or where another thread is making
+            it ready and it shall not be waited for.
 
         Raises:
             AdapterMismatch, InvalidCapsule: The adapter cannot be used; nothing else is touched.

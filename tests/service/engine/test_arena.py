@@ -102,3 +102,46 @@ def test_threads_make_a_value_once() -> None:
     assert len(made) == 1
     assert found == made * 8
     assert tier.metrics().pinned == 1
+
+
+def test_the_tier_stays_open_while_a_value_is_made() -> None:
+    """Others find what is there; who does not want to wait for the new value is told so."""
+    tier = filled(30, "a")
+    go, entered = threading.Event(), threading.Event()
+
+    def slow() -> str:
+        entered.set()
+        assert go.wait(30)
+        return "B"
+
+    maker = threading.Thread(target=lambda: tier.take("b", 10, slow, pin=False))
+    maker.start()
+    assert entered.wait(30)
+    assert tier.take("a", 10, lambda: "never") == "A"
+    assert tier.take("b", 10, lambda: "never", wait=False) is None
+    # Its room is taken already.
+    assert tier.metrics().held_bytes == 20
+    go.set()
+    assert tier.take("b", 10, lambda: "never") == "B"
+    maker.join()
+
+
+def test_a_maker_that_fails_gives_its_room_back() -> None:
+    """And those who waited for it try themselves."""
+    tier: Tier[str] = Tier(10)
+    go = threading.Event()
+
+    def fail() -> str:
+        assert go.wait(30)
+        raise OSError("disk")
+
+    def try_it() -> None:
+        with pytest.raises(OSError, match="disk"):
+            tier.take("a", 10, fail)
+
+    maker = threading.Thread(target=try_it)
+    maker.start()
+    go.set()
+    maker.join()
+    assert tier.metrics().held_bytes == 0
+    assert tier.take("a", 10, lambda: "A") == "A"

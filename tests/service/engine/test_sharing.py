@@ -13,6 +13,7 @@ from torch import Tensor
 from realfill.base import Base
 from realfill.errors import InvalidCapsule
 from service.engine import Engine, Halving
+from service.engine.lane import MOST_OVERTAKEN
 from service.errors import DeadlineExceeded, QueueFull
 from tests.service.engine.test_lane import WAIT_S, Blocker, job_for
 from tests.tiny import tiny_adapter, tiny_base
@@ -251,3 +252,34 @@ def test_a_job_that_the_client_left_frees_the_lane_within_a_step(base: Base) -> 
         following.result(WAIT_S)
         hook.remove()
     assert batches == [2, 2, 2]
+
+
+def test_a_scene_without_room_is_not_passed_over_for_ever(base: Base) -> None:
+    """One scene always has jobs in an arena for one; the other gets its turn all the same."""
+    answered: list[str] = []
+    with Engine(base, arena_bytes=1, max_queue=99, max_running=2) as engine:
+        hot = scene(base, "hot", 1, seeds=(1,), steps=3)
+        blocker = Blocker(base, digest="hot", adapter=tiny_adapter(base, 1))
+        blocker.submit(engine)
+        futures = [engine.submit(hot) for _ in range(10)]
+        futures.append(engine.submit(scene(base, "cold", 2, seeds=(1,), steps=3)))
+        futures += [engine.submit(hot) for _ in range(40)]
+        for future in futures:
+            future.add_done_callback(lambda done: answered.append(done.result().digest))
+        blocker.release.set()
+        for future in futures:
+            future.result(WAIT_S)
+    assert answered.index("cold") < 10 + MOST_OVERTAKEN + 3
+
+
+def test_a_job_that_waits_past_its_deadline_is_told(base: Base) -> None:
+    """Without a step: it never began."""
+    with Engine(base, max_running=1) as engine:
+        blocker = Blocker(base)
+        blocker.submit(engine)
+        engine.cost.calibrate([1], lambda size: 1e-9, lambda: 0.0)
+        waiting = engine.submit(job_for(base, deadline=time.monotonic() + 0.05))
+        time.sleep(0.1)
+        blocker.release.set()
+        with pytest.raises(DeadlineExceeded):
+            waiting.result(WAIT_S)
