@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -40,6 +40,8 @@ MAX_SESSIONS = 16
 CHUNK_CELLS = {"cpu": 2**12, "cuda": 2**16}
 CHUNK_PX = {"cpu": 2**18, "cuda": 2**22}
 ATTENTION_EPSILON = 1e-6
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ class OnnxLoFTRMatcher(Matcher):
         self._sessions: OrderedDict[tuple[str, int], Any] = OrderedDict()
         self._lock = threading.Lock()
         self._threads = 1 if self.device.type == "cuda" else torch.get_num_threads()
-        self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="matcher")
+        self._pool = _single_threads(self._threads)
 
     @property
     def digest(self) -> str:
@@ -94,17 +96,18 @@ class OnnxLoFTRMatcher(Matcher):
         grid = (height // CELL_PX, width // CELL_PX)
         shape = (len(images), grid[0] * grid[1], self._net.config["coarse"]["d_model"])
         tokens = torch.empty(shape, device=self.device)
-        chunk = max(1, CHUNK_PX[self.device.type] // (height * width))
-        runs = [
-            _Run(
+        chunk = self._chunk(len(images), CHUNK_PX[self.device.type] // (height * width))
+
+        def look(part: Tensor, out: Tensor, threads: int) -> None:
+            run = _Run(
                 f"tokens {len(part)} {grid}",
                 partial(tokens_graph, self._net, len(part), grid),
                 {"images": part.to(self.device, torch.float32).contiguous()},
                 {"tokens": out},
             )
-            for part, out in zip(images.split(chunk), tokens.split(chunk), strict=True)
-        ]
-        self._carry_out(runs)
+            self._bind_and_run(run, self._session(run, threads))
+
+        self._each(look, images.split(chunk), tokens.split(chunk))
         return Features(tokens, grid)
 
     @torch.no_grad()
@@ -113,44 +116,42 @@ class OnnxLoFTRMatcher(Matcher):
         check_pairs(features0, features1)
         tokens0 = features0.tokens.to(self.device)
         tokens1 = features1.tokens.to(self.device).expand(len(tokens0), -1, -1)
-        chunk = max(1, CHUNK_CELLS[self.device.type] // tokens0.shape[1])
-        pairs = list(zip(tokens0.split(chunk), tokens1.split(chunk), strict=True))
-        found = []
-        # A wave of as many chunks as threads bounds what is held at a time.
-        for begin in range(0, len(pairs), self._threads):
-            runs = [self._meeting(*pair) for pair in pairs[begin : begin + self._threads]]
-            self._carry_out(runs)
-            for run in runs:
-                met0, met1 = run.wanted.values()
-                scale, threshold = self._net.scale, self._net.threshold
-                found.append(match_count(met0, met1, scale=scale, threshold=threshold))
+        chunk = self._chunk(len(tokens0), CHUNK_CELLS[self.device.type] // tokens0.shape[1])
+        found = self._each(self._found, tokens0.split(chunk), tokens1.split(chunk))
         confidence, partner = (torch.cat(parts) for parts in zip(*found, strict=True))
         return cell_matches(confidence, partner, features0, features1)
 
-    def _meeting(self, tokens0: Tensor, tokens1: Tensor) -> _Run:
-        """The run that lets the tokens of some pairs meet."""
+    def _found(self, tokens0: Tensor, tokens1: Tensor, threads: int) -> tuple[Tensor, Tensor]:
+        """Confidence and partner of each cell of some pairs. [n, L] each"""
         sizes = (len(tokens0), tokens0.shape[1], tokens1.shape[1])
-        return _Run(
+        met0, met1 = tokens0.new_empty(tokens0.shape), tokens1.new_empty(tokens1.shape)
+        run = _Run(
             f"met {sizes}",
             partial(met_graph, self._net, *sizes),
             {"tokens0": tokens0.contiguous(), "tokens1": tokens1.contiguous()},
-            {
-                "met0": torch.empty_like(tokens0),
-                "met1": torch.empty(tokens1.shape, device=self.device),
-            },
+            {"met0": met0, "met1": met1},
         )
+        self._bind_and_run(run, self._session(run, threads))
+        return match_count(met0, met1, scale=self._net.scale, threshold=self._net.threshold)
 
-    def _carry_out(self, runs: list[_Run]) -> None:
-        """Run them all; on a CPU side by side with a thread each, where there are enough.
+    def _chunk(self, count: int, most: int) -> int:
+        """How many images or pairs to take at a time, so that every thread has some."""
+        return max(1, min(most, -(-count // self._threads)))
+
+    def _each(
+        self,
+        work: Callable[[Tensor, Tensor, int], T],
+        firsts: Sequence[Tensor],
+        seconds: Sequence[Tensor],
+    ) -> list[T]:
+        """Work on every pair of parts; on a CPU side by side, where there are enough of them.
 
         Threads that share one small product mostly wait for each other.
         """
-        if len(runs) < self._threads or self._threads == 1:
-            for run in runs:
-                self._bind_and_run(run, self._session(run, self._threads))
-            return
-        sessions = [self._session(run, 1) for run in runs]
-        list(self._pool.map(self._bind_and_run, runs, sessions))
+        if len(firsts) < self._threads or self._threads == 1:
+            pairs = zip(firsts, seconds, strict=True)
+            return [work(first, second, self._threads) for first, second in pairs]
+        return list(self._pool.map(work, firsts, seconds, [1] * len(firsts)))
 
     def _bind_and_run(self, run: _Run, session: Any) -> None:
         """Run a graph on torch's memory, inputs and outputs alike."""
@@ -299,6 +300,25 @@ def _linear(graph: Graph, x: str, linear: Any) -> str:
 def _layer_norm(graph: Graph, x: str, norm: nn.LayerNorm) -> str:
     weight, bias = graph.constant(norm.weight), graph.constant(norm.bias)
     return graph.op("LayerNormalization", x, weight, bias, axis=-1, epsilon=float(norm.eps))
+
+
+def _single_threads(count: int) -> ThreadPoolExecutor:
+    """Threads in which torch works alone; its number of threads is a setting of each thread."""
+
+    def begin() -> None:
+        # A thread takes the common number when it is first asked, which must not be later.
+        torch.get_num_threads()
+        torch.set_num_threads(1)
+
+    before = torch.get_num_threads()
+    pool = ThreadPoolExecutor(count, "matcher", begin)
+    started = threading.Barrier(count + 1)
+    for _ in range(count):
+        pool.submit(started.wait)
+    started.wait()
+    # Threads that begin later take the number that was set last, wherever that was.
+    torch.set_num_threads(before)
+    return pool
 
 
 def _provider(device: torch.device) -> tuple[str, Mapping[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -109,6 +110,16 @@ def test_features_of_torch_serve_here_too() -> None:
     matcher = OnnxLoFTRMatcher(torch_matcher)
     assert matcher.digest == torch_matcher.digest
     assert matcher.name == "test-onnx"
+
+
+def test_torch_keeps_its_threads() -> None:
+    """Threads that work alone change the number neither here nor in threads that begin later."""
+    before = torch.get_num_threads()
+    matcher = OnnxLoFTRMatcher(coarse(plain_loftr(with_threshold(CONFIG, 2e-2))))
+    assert torch.get_num_threads() == before
+    assert matcher._pool.submit(torch.get_num_threads).result() == 1
+    with ThreadPoolExecutor(1) as later:
+        assert later.submit(torch.get_num_threads).result() == before
 
 
 def test_graphs_have_the_same_bytes_again() -> None:
