@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import OrderedDict
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as OutOfTime
@@ -39,7 +40,7 @@ class Resolver:
         self._pool = ThreadPoolExecutor(CALLS, thread_name_prefix="realfill-resolve")
         self._lock = threading.Lock()
         self._known: OrderedDict[str, Version] = OrderedDict()
-        self._asked: dict[str, Future[Version]] = {}
+        self._asked: dict[str, tuple[Future[Version], float]] = {}
         self._answers = True
 
     def resolve(self, reference: str) -> tuple[Version, bool]:
@@ -50,14 +51,16 @@ class Resolver:
             RegistryError: The registry says that there is no such version.
         """
         with self._lock:
-            known, asked = self._known.get(reference), self._asked.get(reference)
-            waits = asked is not None and known is not None
-            if asked is None:
+            known = self._known.get(reference)
+            if reference not in self._asked:
                 asked = self._pool.submit(self._ask, reference)
-                self._asked[reference] = asked
+                self._asked[reference] = asked, time.monotonic()
+            asked, since = self._asked[reference]
+        # Who joins a question that was asked before waits only as long as it may still take. What
+        # nobody knows yet is worth waiting for anew.
+        left_s = self._patience_s if known is None else since + self._patience_s - time.monotonic()
         try:
-            # Who comes while another already waits in vain takes what is known at once.
-            version = asked.result(0 if waits else self._patience_s)
+            version = asked.result(max(left_s, 0.0))
         except (OutOfTime, StorageUnavailable) as error:
             self._warn(error)
             if known is not None:

@@ -29,6 +29,9 @@ PRESSURE = {
     "REALFILL_ARENA_BYTES": "400000000",
     "REALFILL_HOST_BYTES": "16000000",
     "REALFILL_MATCHER": "none",
+    # On a starved machine a registry that is waited for too briefly gives stale answers, which say
+    # so. Here every answer has to be right.
+    "REALFILL_REGISTRY_PATIENCE_S": "30",
 }
 
 

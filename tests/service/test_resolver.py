@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -110,3 +111,19 @@ def test_what_is_gone_is_not_served_from_memory(trouble: Trouble) -> None:
     trouble.away = True
     with pytest.raises(StorageUnavailable):
         ours.resolve("tower@2")
+
+
+def test_those_who_come_together_are_all_told_what_is_true_now(trouble: Trouble) -> None:
+    """Many requests share one question; none of them takes the old answer while it is asked."""
+    ours = resolver(trouble, 10.0)
+    assert ours.resolve("tower")[0].number == 1
+    trouble.registry.set_alias("tower", "live", 2)
+    trouble.go.clear()
+    with ThreadPoolExecutor(8) as threads:
+        futures = [threads.submit(ours.resolve, "tower") for _ in range(8)]
+        time.sleep(0.1)
+        assert not any(future.done() for future in futures)
+        trouble.go.set()
+        answers = [future.result(30) for future in futures]
+    assert {(version.number, stale) for version, stale in answers} == {(2, False)}
+    assert trouble.asked == 2
