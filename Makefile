@@ -14,8 +14,9 @@ export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install check test test-gpu test-slow demo serve bench bench-load bench-registry \
-	nano nano-report adapt-report targets lock clean
+.PHONY: help install check test test-gpu test-slow demo serve bench bench-kernels bench-load \
+	bench-registry soak quality sweep ablation confusion nano nano-report adapt-report targets \
+	lock clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -61,12 +62,30 @@ serve: $(STAMP) ## serve the registry in ./realfill-registry (or REALFILL_REGIST
 bench: $(STAMP) ## measure swap, engine and service on this machine, and record the rows
 	$(BIN)/python -m benchmarks.engine
 
+bench-kernels: $(STAMP) ## measure every kernel beside torch and the machine's limits
+	$(BIN)/python -m benchmarks.kernels
+
 bench-load: $(STAMP) ## 30 s of open-loop load on the demo scenes, into load-out/
 	$(BIN)/python -m benchmarks.load.local --demo-command "$(BIN)/realfill demo" \
 		--serve-command "$(BIN)/realfill serve" --rate $(LOAD_RATE) --duration $(LOAD_DURATION)
 
 bench-registry: $(STAMP) ## measure the registry, and MLflow's client in an environment of its own
 	$(BIN)/python -m benchmarks.registry
+
+soak: $(STAMP) ## 30 minutes of load without mercy on the real server, into soak-out/
+	$(BIN)/python -m benchmarks.soak
+
+quality: $(STAMP) ## do adapters beat the base, and does ranking help; into quality-out/
+	$(BIN)/python -m benchmarks.quality.tables --scenes $(SCENES)
+
+sweep: $(STAMP) ## how few steps are enough, into quality-out/
+	$(BIN)/python -m benchmarks.quality.sweep --scenes $(SCENES)
+
+ablation: $(STAMP) ## which choices of the method matter (trains each anew), into quality-out/
+	$(BIN)/python -m benchmarks.quality.ablation --scenes $(SCENES)
+
+confusion: $(STAMP) ## does the matcher tell places apart
+	$(BIN)/python -m benchmarks.quality.confusion --scenes $(SCENES)
 
 nano: $(STAMP) ## train the embedded base and matcher from nothing (hours on a CPU)
 	$(BIN)/realfill pretrain
@@ -83,7 +102,7 @@ targets: $(STAMP) ## print the targets that are missed or not yet measured
 lock: $(STAMP) ## pin what is installed: constraints.txt and requirements.txt
 	$(BIN)/python .ci/lock.py
 
-clean: ## remove what commands wrote, except .venv and registries
-	rm -rf build dist demo-out load-out .mypy_cache .ruff_cache .pytest_cache .hypothesis \
+clean: ## remove what commands wrote, except .venv, registries and what took hours to train
+	rm -rf build dist demo-out load-out soak-out quality-out .mypy_cache .ruff_cache .pytest_cache .hypothesis \
 		.import_linter_cache *.egg-info
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -128,6 +128,20 @@ def test_help_lists_every_target(root: Path) -> None:
     assert listed == set(phony.group(1).split())
 
 
+def test_tests_that_docs_name_exist(root: Path) -> None:
+    """A document that says which test guards what is right about it."""
+    named = {
+        reference
+        for document in (root / "docs").glob("*.md")
+        for reference in re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", document.read_text())
+    }
+    assert named
+    missing = {
+        (path, test) for path, test in named if f"\ndef {test}(" not in (root / path).read_text()
+    }
+    assert missing == set()
+
+
 def test_commands_of_the_other_packages_are_entry_points(project: dict[str, Any]) -> None:
     """`realfill` finds `registry` and `serve` by name, since it may not import them."""
     assert set(project["entry-points"]["realfill.commands"]) >= {"registry", "serve"}

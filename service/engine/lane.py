@@ -30,6 +30,8 @@ RUNNING_BATCHES = 4
 SHARED_RANKS = (8,)
 # Jobs that may begin before one whose adapter found no room; then its turn comes first.
 MOST_OVERTAKEN = 8
+# What a step may take beyond what is expected of it before a deadline is missed.
+PRUDENCE = 1.15
 # While judges look at all samples that there are, the lane looks up this often.
 PAUSE_S = 0.05
 
@@ -122,9 +124,23 @@ class Lane:
             for other in passed:
                 other.overtaken += 1
             if self.board.promote(task):
-                self._guard(task, lambda task: task.begin(self.runner.begin(task.job)))
+                self._guard(task, self._begin)
             else:
                 self._give_back(task)
+
+    def _begin(self, task: Task) -> None:
+        """Encode a job; where its deadline is near, move only as many samples as it leaves time."""
+        job = task.job
+        task.begin(self.runner.begin(job))
+        if job.deadline is None or job.halving is not None:
+            return
+        left = job.deadline - time.monotonic()
+        at_once = self.runner.max_samples
+        for count in range(len(job.seeds), 0, -1):
+            alone = self.cost.alone_s(count, job.steps, at_once)
+            if count == 1 or (alone is not None and alone * PRUDENCE <= left):
+                task.at_once = count
+                return
 
     def _take(self, task: Task) -> bool:
         """Pin a job's adapter; False where there is no room for it now."""

@@ -28,6 +28,8 @@ class Task:
         overtaken: Jobs that began before it although they came later.
         verdict: What a look at the samples will say; while it is awaited they stand still.
         looks: Steps after which samples still have to wait for a look.
+        at_once: Samples that move together; fewer than all where a deadline leaves no time for all,
+            so that some are finished when it comes.
         sample_steps_left: What it will take at most.
         promised_s: Seconds in which an answer was expected when it came.
         ended_early: Whether its deadline took samples from it.
@@ -43,6 +45,7 @@ class Task:
     overtaken: int = 0
     verdict: Future[Tensor] | None = None
     looks: list[int] = field(default_factory=list)
+    at_once: int | None = None
     sample_steps_left: int = 0
     sample_steps_done: int = 0
     taken_at: float = 0.0
@@ -74,7 +77,8 @@ class Task:
     def movable(self) -> list[Sample]:
         """Samples that could make a step now, in the order of their seeds."""
         look = self.looks[0] if self.looks else None
-        return [s for s in self.samples if not s.finished and s.index != look]
+        unfinished = [s for s in self.samples if not s.finished]
+        return [s for s in unfinished[: self.at_once] if s.index != look]
 
     def ready(self, step_s: float | None) -> Ready | None:
         """The same for the batcher; None where no sample can move.

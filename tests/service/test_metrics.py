@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
-from service.engine import EngineMetrics
+import re
+from pathlib import Path
+
+from fastapi.testclient import TestClient
+
+from service.engine import Engine, EngineMetrics
 from service.engine.arena import TierMetrics
+from service.http import create_app
 from service.metrics import Metrics
+from service.settings import Settings
+from tests.fakes import road_of
+from tests.tiny import tiny_base
 
 
 def test_two_apps_count_apart() -> None:
@@ -62,3 +71,15 @@ def test_an_engine_and_its_tiers_are_exposed() -> None:
         'realfill_adapters_hits_total{tier="device"} 9.0',
     ):
         assert line in text
+
+
+def test_docs_list_every_metric(root: Path, tmp_path: Path) -> None:
+    """docs/engine.md names all that a scraper of the real engine sees, and nothing else."""
+    base = tiny_base()
+    app = create_app(road_of(base, tmp_path, Engine(base)), Settings())
+    shown = TestClient(app).get("/metrics").text
+    kinds = re.findall(r"^# TYPE (\w+) (\w+)$", shown, re.MULTILINE)
+    # Client libraries add when a series began, a gauge beside each counter and histogram.
+    names = {name for name, _ in kinds if not name.endswith("_created")}
+    text = (root / "docs" / "engine.md").read_text()
+    assert set(re.findall(r"^\| `(realfill_\w+)` \|", text, re.MULTILINE)) == names

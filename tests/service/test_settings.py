@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
+from pathlib import Path
 
 import pytest
 
 from service.errors import InvalidSettings
-from service.settings import PREFIX, load_settings
+from service.settings import PREFIX, Settings, load_settings
 
 
 @pytest.fixture(autouse=True)
@@ -76,3 +78,15 @@ def test_more_default_candidates_than_samples_are_refused() -> None:
     """Every request that relies on the default would fail."""
     with pytest.raises(InvalidSettings, match="lower REALFILL_CANDIDATES"):
         load_settings(candidates=32)
+
+
+def test_docs_list_every_setting_with_its_default(root: Path) -> None:
+    """docs/engine.md has a row for each field; an empty default is one that is chosen later."""
+    text = (root / "docs" / "engine.md").read_text()
+    rows = re.findall(rf"^\| `{PREFIX}([A-Z_]+)` \| (?:`(.*)`)? ?\| .+ \|$", text, re.MULTILINE)
+    defaults = {
+        name.upper(): "" if field.default is None else str(field.default)
+        for name, field in Settings.model_fields.items()
+    }
+    assert dict(rows) == defaults
+    assert len(rows) == len(defaults)

@@ -13,7 +13,7 @@ from torch import Tensor
 from realfill.base import Base
 from realfill.errors import InvalidCapsule
 from service.engine import Engine, Halving
-from service.engine.lane import MOST_OVERTAKEN
+from service.engine.lane import MOST_OVERTAKEN, PRUDENCE
 from service.errors import DeadlineExceeded, QueueFull
 from tests.service.engine.test_lane import WAIT_S, Blocker, job_for
 from tests.tiny import tiny_adapter, tiny_base
@@ -283,3 +283,28 @@ def test_a_job_that_waits_past_its_deadline_is_told(base: Base) -> None:
         blocker.release.set()
         with pytest.raises(DeadlineExceeded):
             waiting.result(WAIT_S)
+
+
+def test_a_near_deadline_finishes_some_rather_than_all_half_way(base: Base) -> None:
+    """On an idle lane too: time for about six of sixteen makes batches of fewer, and an answer."""
+    seeds = tuple(range(16))
+    with Engine(base) as engine:
+        whole = engine.submit(job_for(base, seeds=seeds, steps=4)).result(WAIT_S)
+        engine.cost.calibrate([1, 16], lambda size: 0.5 * size / engine.cost.drift, lambda: 0.0)
+        fitting = 6
+        deadline = time.monotonic() + 0.5 * fitting * 4 * PRUDENCE + 0.9
+        batches: list[int] = []
+
+        def on_step(done: int, total: int) -> None:
+            # The first six make four steps; then the deadline comes.
+            if done == fitting * 4:
+                time.sleep(max(0.0, deadline - time.monotonic()) + 0.01)
+
+        hook = base.unet.register_forward_pre_hook(lambda _, args: batches.append(len(args[0])))
+        job = job_for(base, seeds=seeds, steps=4, deadline=deadline, on_step=on_step)
+        partial = engine.submit(job).result(WAIT_S)
+        hook.remove()
+    assert batches == [fitting] * 4
+    assert partial.partial
+    assert partial.seeds == seeds[:fitting]
+    assert torch.equal(partial.samples, whole.samples[:fitting])
