@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,43 +11,18 @@ from torch import Tensor
 from kernels.launch import interpreted
 from kernels.merge_lora import merge_lora, merge_lora_
 from kernels.merge_lora.reference import merge_lora_reference_
+from tests.kernels.interpreter import assert_passes_in_the_interpreter, in_interpreter
 
 pytest.importorskip("triton", reason="Triton is there on Linux only")
 
 SIZES = [(1, 1), (1, 63), (63, 341), (130, 70)]
 RANKS = [1, 3, 16, 17]
-in_interpreter = pytest.mark.skipif(
-    not interpreted(), reason="run by test_kernel_equals_reference_in_the_interpreter"
-)
-
-
-@pytest.fixture(autouse=True)
-def unwritten_memory_is_nan() -> Iterator[None]:
-    """Fill fresh tensors with NaN, so that a value that the kernel left out is seen."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("unwritten_memory_is_nan")
 
 
 def test_kernel_equals_reference_in_the_interpreter() -> None:
-    """All tests of this file for the interpreter pass in a process that was started with it on.
-
-    Triton reads TRITON_INTERPRET when it is first imported, so it needs a process of its own.
-    """
-    if interpreted():
-        pytest.skip("this process interprets already")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    ran = subprocess.run(
-        command,
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        cwd=Path(__file__).parents[3],
-        capture_output=True,
-        text=True,
-        timeout=170,
-        check=False,
-    )
-    assert ran.returncode == 0, ran.stdout + ran.stderr
-    assert " passed" in ran.stdout
+    """All tests of this file for the interpreter pass in a process that was started with it on."""
+    assert_passes_in_the_interpreter(__file__)
 
 
 @pytest.mark.skipif(interpreted(), reason="a process that interprets cannot compile")
