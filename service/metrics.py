@@ -85,6 +85,7 @@ _LANE = {
     "waiting": "Jobs that have not begun.",
     "running": "Jobs that share the lane.",
     "pending_sample_steps": "Sample-steps that all jobs still need.",
+    "sample_steps_per_s": "Of full batches; 0 before the calibration.",
     "cost_drift": "Actual over calibrated seconds of recent steps.",
 }
 _DONE = {
@@ -125,7 +126,7 @@ class EngineCollector(Collector):
         if engine is not None:
             tiers.update(engine.tiers)
             for name, says in _LANE.items():
-                yield GaugeMetricFamily(f"realfill_lane_{name}", says, getattr(engine, name))
+                yield GaugeMetricFamily(f"realfill_lane_{name}", says, getattr(engine, name) or 0)
             for name, says in _DONE.items():
                 yield CounterMetricFamily(f"realfill_lane_{name}", says, getattr(engine, name))
             jobs = CounterMetricFamily("realfill_jobs", "Jobs that ended.", labels=["outcome"])

@@ -121,6 +121,10 @@ _OF_OTHERS = {
         "REGISTRY_CACHE_BYTES",
         "WEBHOOK_SECRET",
         "SIGNING_PASSWORD",
+        "LPIPS",
+        "DINO",
+        "CLIP",
+        "DREAMSIM",
     )
 }
 

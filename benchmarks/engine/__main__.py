@@ -211,6 +211,8 @@ def bench_lane(bench: Bench) -> list[Row]:
         )
         for name, (ours, peer, theirs) in milliseconds.items()
     ]
+    if bench.base.device.type == "cuda":
+        rows.append(bench.keep("engine.captures_after_warmup", lone.captures, "captures"))
     rows.append(bench.keep("engine.memory_bytes", _memory_bytes(bench), "B", better="lower"))
     return rows
 

@@ -173,10 +173,15 @@ def measure_waits(base: Base, *, samples: int, steps: int, repeats: int) -> Wait
 
 @dataclass(frozen=True)
 class Lone:
-    """Seconds of one job on an idle engine and on a runner without a lane, in turns."""
+    """Seconds of one job on an idle engine and on a runner without a lane, in turns.
+
+    Attributes:
+        captures: CUDA graphs that were captured after the warm-up.
+    """
 
     engine_s: list[float]
     runner_s: list[float]
+    captures: int
 
     @property
     def overhead_pct(self) -> float:
@@ -187,8 +192,10 @@ class Lone:
 def measure_lone(base: Base, *, samples: int, steps: int, repeats: int) -> Lone:
     """One job at a time, with a lane and without; both on the same resident base."""
     job = _job(base, samples, steps)
-    lone = Lone([], [])
+    lone = Lone([], [], 0)
     with Engine(base) as engine:
+        engine.submit(job).result()
+        captured = _captures(engine)
         for turn in range(-1, repeats):
             began = time.perf_counter()
             engine.submit(job).result()
@@ -197,4 +204,9 @@ def measure_lone(base: Base, *, samples: int, steps: int, repeats: int) -> Lone:
             if turn >= 0:
                 lone.engine_s.append(between - began)
                 lone.runner_s.append(time.perf_counter() - between)
-    return lone
+        return dataclasses.replace(lone, captures=_captures(engine) - captured)
+
+
+def _captures(engine: Engine) -> int:
+    buckets = engine.runner.buckets
+    return 0 if buckets is None else buckets.captures

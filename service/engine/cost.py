@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 NEWEST = 0.2
 # Larger batches are not tried once a step takes so long; their time is extrapolated.
 LONGEST_TRIAL_S = 1.0
+# One step counts as so many times slower or faster than expected at most: a stall is no trend.
+MOST_DRIFT = 4.0
 
 
 class CostModel:
@@ -54,7 +56,8 @@ class CostModel:
         if predicted_s <= 0:
             return
         with self._lock:
-            self._drift += NEWEST * (actual_s / predicted_s - self._drift)
+            ratio = min(max(actual_s / predicted_s, 1 / MOST_DRIFT), MOST_DRIFT)
+            self._drift += NEWEST * (ratio - self._drift)
 
     @property
     def drift(self) -> float:
@@ -94,16 +97,20 @@ class CostModel:
         with self._lock:
             return sample_steps / rate + samples * self._decode_s
 
-    def alone_s(self, samples: int, steps: int, at_once: int) -> float | None:
+    def alone_s(
+        self, samples: int, steps: int, at_once: int, *, corrected: bool = True
+    ) -> float | None:
         """Seconds of a job that has the lane to itself; None before the calibration.
 
         Args:
             samples: Its seeds.
             steps: Of each.
             at_once: Most samples in one call.
+            corrected: Whether what recent steps took is considered.
         """
         whole, rest = divmod(samples, at_once)
-        full, last = self.step_s(at_once), self.step_s(rest) if rest else 0.0
+        full = self.step_s(at_once, corrected=corrected)
+        last = self.step_s(rest, corrected=corrected) if rest else 0.0
         if full is None or last is None:
             return None
         with self._lock:

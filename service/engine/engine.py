@@ -196,7 +196,10 @@ class Engine:
                 f"{len(board.waiting)} jobs wait already; try again in {math.ceil(retry)} s",
                 retry_after_s=retry,
             )
-        alone, least = self._alone_s(job, len(job.seeds)), self._alone_s(job, 1)
+        alone = self._alone_s(job, len(job.seeds))
+        # By the calibration: a machine that was slow a moment ago may not be so any more, and one
+        # that refuses every job would never find out.
+        least = self.cost.alone_s(1, job.steps, self.runner.max_samples, corrected=False)
         if job.deadline is None or backlog is None or alone is None or least is None:
             return None
         left = job.deadline - time.monotonic()

@@ -139,7 +139,7 @@ def test_a_promise_that_cannot_be_kept_is_refused(base: Base) -> None:
         drift = engine.cost.drift
         soon = time.monotonic()
         with pytest.raises(DeadlineExceeded, match="One candidate takes about"):
-            engine.submit(job_for(base, seeds=(1,), steps=2, deadline=soon + 1.5 * drift))
+            engine.submit(job_for(base, seeds=(1,), steps=2, deadline=soon + 1.5))
         with pytest.raises(QueueFull, match="of work before this job") as refusal:
             engine.submit(job_for(base, seeds=(1,), steps=2, deadline=soon + 5 * drift))
         # Ten steps are before it, it needs two, and has time for five.
