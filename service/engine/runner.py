@@ -46,10 +46,10 @@ SPLIT_FROM = {"fused": 4, "segmented": 8}
 class Runner:
     """A base with its adapters, used by one thread at a time.
 
-    On a CPU in float32 a sample's image depends on its seed, its adapter and its conditions, to the
-    bit: not on its neighbours, their adapters, or how many they are (``service.engine.layers`` says
-    how). Elsewhere it is bit-equal within one size of batch and one way of applying adapters, and
-    differs by rounding between them.
+    With fused weights, on a CPU in float32, a sample's image depends on its seed, its adapter and
+    its conditions, to the bit: not on its neighbours, their adapters, or how many they are
+    (``service.engine.layers`` says how). Otherwise it is bit-equal within one size of batch and
+    one way of applying adapters, and differs by rounding between them.
 
     Args:
         base: Becomes the runner's own until ``release``.
