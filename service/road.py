@@ -227,7 +227,7 @@ class Road:
         assert self.matcher is not None
         previews = composite(previews.float().cpu(), job.target, job.mask, feather_px=0)
         with self._rank_lock:
-            return rank_candidates(self.matcher, previews, job.mask, references).scores.cpu()
+            return rank_candidates(self.matcher, previews, job.mask, references).ordered_by.cpu()
 
     def _load(self, version: Version) -> Loaded:
         """The capsule of a version, from the registry."""

@@ -53,7 +53,8 @@ class CandidateView(BaseModel):
     """One candidate, best first in its list; evidence is null where nothing was ranked."""
 
     seed: int
-    score: int | None = Field(description="Correspondences between filled region and references.")
+    support: int | None = Field(description="Correspondences with the references; the order.")
+    score: int | None = Field(description="Those in the filled region.")
     per_reference: list[int] | None = Field(description="The same, for each reference.")
     confidence: float | None = Field(description="Sum of the correspondences' confidences.")
     coverage: float | None = Field(description="Share of the hole that a reference matches.")
@@ -73,7 +74,7 @@ class CompletionView(BaseModel):
     digest: str
     base_fingerprint: str
     ranked: bool = Field(description="False where the capsule carries no references to rank by.")
-    margin: float | None = Field(description="Best score minus the median score.")
+    margin: float | None = Field(description="The best candidate's support minus the median.")
     partial: bool = Field(description="Whether the deadline came before all were finished.")
     asked: int = Field(description="Candidates that were asked for.")
     stale: bool = Field(description="Whether the registry was away, so the alias may have moved.")

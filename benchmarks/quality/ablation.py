@@ -57,7 +57,7 @@ RANKINGS = (
     Variant("top 25 %, ranked as the service does", ranked_by=OFFICIAL),
     Variant("top 25 %, ranked in the hole", ranked_by="count"),
     Variant("top 25 %, ranked in hole and rim", ranked_by="rim confidence"),
-    Variant("top 25 %, ranked over the whole image", ranked_by="whole"),
+    Variant("top 25 %, ranked by the filled region alone", ranked_by="count"),
 )
 
 

@@ -98,7 +98,7 @@ def regret_of(bench: Bench, place: Place, capsule: bytes, seeds: Sequence[int]) 
 
 
 def _scores(bench: Bench, images: Tensor, hole: Tensor, references: ReferenceFeatures) -> Tensor:
-    return rank_candidates(bench.matcher, images, hole, references).scores.double().cpu()
+    return rank_candidates(bench.matcher, images, hole, references).ordered_by.double().cpu()
 
 
 def table_of(regrets: Sequence[Regret]) -> Table:

@@ -212,8 +212,8 @@ def record_rows(report: dict[str, Any], *, device: str, path: Path) -> None:
     gains = report["table_2"][OFFICIAL]["top25_gain"]
     record("rank.top25_psnr_gain_db", gains["psnr_db"]["low"], "dB", peer=peer, **details)
     record("rank.top25_ssim_gain", gains["ssim"]["low"], "SSIM", target=0.0, peer=peer, **details)
-    whole = report["table_2"]["whole"]["top25_gain"]["psnr_db"]["low"]
-    record("rank.top25_psnr_gain_whole_db", whole, "dB", peer=peer, **details)
+    hole = report["table_2"]["count"]["top25_gain"]["psnr_db"]["low"]
+    record("rank.top25_psnr_gain_hole_db", hole, "dB", peer=peer, **details)
     for metric, name in (("psnr_db", "psnr"), ("ssim", "ssim")):
         rho = report["spearman"][OFFICIAL][metric]["mean"]
         record(f"rank.spearman_{name}", rho, "rho", **details)

@@ -1,6 +1,6 @@
 """Correspondence-based ranking: the references vouch for the best candidate's filled region.
 
-Source: RealFill, arXiv:2309.16668, section 3.4.
+Source: RealFill, arXiv:2309.16668, section 3.4, which counts in the filled region alone.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,22 +18,28 @@ from realfill.errors import InvalidScene
 from realfill.rank.correspondences import CELL_PX, Correspondences, Matcher, Matches
 from realfill.rank.references import ReferenceFeatures, at_working_size, prepare_references
 
+Region = Literal["whole", "hole"]
+
 
 @dataclass(frozen=True)
 class Ranking:
-    """Candidates by score, with the evidence.
+    """Candidates by what the references say of them, with the evidence.
 
     Attributes:
         scores: Correspondences in the filled region, summed over references. [N]
+        support: Correspondences anywhere in the candidate, likewise. [N]
+        region: Which of the two candidates are ordered by: support for whole, scores for hole.
         per_reference: The same, for each reference. [N, R]
         confidence: Sum of the confidences of those correspondences. [N]
-        order: Candidates, best first; ties by confidence, then by index. [N]
+        order: Candidates, best first; ties by confidence in the filled region, then by index. [N]
         coverage: Share of the hole's cells that at least one reference matches. [N]
         hole_cells: Number of those cells.
         matches: For each reference, those in the filled region, in px of candidate and reference.
     """
 
     scores: Tensor
+    support: Tensor
+    region: Region
     per_reference: Tensor
     confidence: Tensor
     order: Tensor
@@ -51,10 +58,15 @@ class Ranking:
         return int(self.order[0])
 
     @property
+    def ordered_by(self) -> Tensor:
+        """Support or scores. [N]"""
+        return self.support if self.region == "whole" else self.scores
+
+    @property
     def margin(self) -> float:
-        """Score of the best candidate minus the median score."""
-        scores = self.scores.double()
-        return float(scores[self.order[0]] - scores.quantile(0.5))
+        """What candidates are ordered by: the best one's minus the median."""
+        values = self.ordered_by.double()
+        return float(values[self.order[0]] - values.quantile(0.5))
 
 
 @torch.no_grad()
@@ -63,11 +75,16 @@ def rank_candidates(
     candidates: Tensor,
     mask: Tensor,
     references: Sequence[Tensor] | ReferenceFeatures,
+    *,
+    region: Region = "whole",
 ) -> Ranking:
-    """Rank candidates by the correspondences between their filled region and the references.
+    """Rank candidates by their correspondences with the references.
 
-    The whole candidate is matched, so that the known region gives context; only then are matches
-    outside the mask dropped.
+    The whole candidate is matched, so that the known region gives context; for the evidence,
+    matches outside the mask are dropped. The known region is the same in all candidates, so that
+    candidates differ in their support by what was filled in, and by how well its surroundings are
+    recognised beside it. The paper counts in the filled region alone; docs/ranking.md has the
+    measurement by which the default was chosen.
 
     Args:
         matcher: Finds the correspondences.
@@ -75,6 +92,7 @@ def rank_candidates(
         mask: 1 where pixels were missing, else 0. [H, W]
         references: Photos in [0, 1], of any size, [3, H, W] each, or what ``prepare_references``
             made of them.
+        region: Where the matches lie that order the candidates.
 
     Returns:
         The ranking, on the candidates' device.
@@ -88,9 +106,9 @@ def rank_candidates(
     pixels = at_working_size(matcher, candidates)
     hole = _hole(mask.cpu(), (int(pixels.shape[-2]), int(pixels.shape[-1])))
     features = matcher.features(pixels)
-    found = [
-        _inside(matcher.compare(features, reference), hole) for reference in references.features
-    ]
+    everywhere = [matcher.compare(features, reference) for reference in references.features]
+    support = torch.stack([(matches.confidence > 0).sum(1) for matches in everywhere], 1).sum(1)
+    found = [_inside(matches, hole) for matches in everywhere]
     table = torch.stack([(matches.confidence > 0).sum(1) for matches in found], 1)
     sums = [matches.confidence.sum(1, dtype=torch.float64) for matches in found]
     confidence = torch.stack(sums).sum(0).float()
@@ -100,9 +118,11 @@ def rank_candidates(
     device = candidates.device
     return Ranking(
         scores=scores.to(device),
+        support=support.to(device),
+        region=region,
         per_reference=table.to(device),
         confidence=confidence.to(device),
-        order=_order(scores, confidence).to(device),
+        order=_order(support if region == "whole" else scores, confidence).to(device),
         coverage=_coverage(found, hole).to(device),
         hole_cells=hole_cells,
         matches=tuple(

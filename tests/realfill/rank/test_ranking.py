@@ -17,7 +17,7 @@ from realfill.errors import InvalidScene
 from realfill.nano.pretrain_matcher import CONFIG
 from realfill.rank.correspondences import Features, Matcher, Matches
 from realfill.rank.matching import CoarseLoFTR, LoFTRMatcher, loftr
-from realfill.rank.ranking import Ranking, rank_candidates
+from realfill.rank.ranking import Ranking, Region, rank_candidates
 from realfill.rank.references import prepare_references
 
 SIZE = 64
@@ -55,10 +55,15 @@ def _mask(top: int, left: int, bottom: int, right: int) -> Tensor:
     return mask
 
 
-def _rank(script: list[list[tuple[int, int, int, float]]], mask: Tensor, count: int = 3) -> Ranking:
+def _rank(
+    script: list[list[tuple[int, int, int, float]]],
+    mask: Tensor,
+    count: int = 3,
+    region: Region = "whole",
+) -> Ranking:
     candidates = torch.zeros(count, 3, SIZE, SIZE)
     references = [torch.zeros(3, SIZE, SIZE)] * len(script)
-    return rank_candidates(ScriptedMatcher(script), candidates, mask, references)
+    return rank_candidates(ScriptedMatcher(script), candidates, mask, references, region=region)
 
 
 def _small_loftr() -> LoFTRMatcher:
@@ -84,9 +89,22 @@ def test_only_matches_in_the_hole_count_and_references_add_up() -> None:
     )
     assert ranking.per_reference.tolist() == [[1, 1], [2, 1], [0, 0]]
     assert ranking.scores.tolist() == [2, 3, 0]
+    # Beyond the hole the first has one more, and the last its only one.
+    assert ranking.support.tolist() == [3, 3, 1]
     assert ranking.order.tolist() == [1, 0, 2]
     assert ranking.best == 1
-    assert ranking.margin == 1.0
+    assert ranking.margin == 0.0
+
+
+def test_candidates_are_ordered_by_the_region_that_was_asked_for() -> None:
+    """Support by default, the count in the hole on request; the margin is that of either."""
+    found = [[(0, 16, 16, 0.5), (0, 24, 24, 0.5), *((1, 56, k, 0.5) for k in (0, 8, 16, 24))]]
+    whole = _rank(list(found), _mask(16, 16, 32, 32))
+    hole = _rank(list(found), _mask(16, 16, 32, 32), region="hole")
+    assert (whole.order.tolist(), whole.margin) == ([1, 0, 2], 2.0)
+    assert (hole.order.tolist(), hole.margin) == ([0, 1, 2], 2.0)
+    assert whole.scores.tolist() == hole.scores.tolist() == [2, 0, 0]
+    assert whole.support.tolist() == hole.support.tolist() == [2, 4, 0]
 
 
 def test_coverage_is_the_share_of_hole_cells_that_any_reference_matches() -> None:
