@@ -63,7 +63,7 @@ class Settings(BaseSettings):
         None,
         ge=1,
         description="Samples of one scene from which they run in a call of their own; else 4 on a "
-        "CPU, where that was measured as the crossover, and 8 on a GPU.",
+        "CPU, from where both ways take the same within 3 %, and 8 on a GPU, an estimate.",
     )
     arena_bytes: int | None = Field(
         None, ge=1, description="Adapters ready on the device; else 1 GiB on a CPU, 4 on a GPU."

@@ -116,7 +116,7 @@ def _network_metric(name: str) -> Metric:
     if importlib.util.find_spec(network.package) is None:
         raise MetricUnavailable(
             f"Metric {name} needs the package {network.package}, which is not installed: install"
-            " realfill-serve[quality] into an environment of its own, or leave the metric out."
+            " it into an environment of its own, or leave the metric out."
         )
     configured = os.environ.get(network.variable)
     if not configured or not Path(configured).exists():

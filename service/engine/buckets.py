@@ -10,7 +10,6 @@ from torch import Tensor
 
 from kernels.sampler_step import sampler_step_
 from realfill.base import Base
-from realfill.complete.samplers import noise_for
 from service.engine.sample import Sample
 
 # What a step ran on: the rank classes beside the weights, none where an adapter is merged.
@@ -72,7 +71,7 @@ class StaticStep:
         self.timesteps[:count] = torch.stack([s.told.table.timesteps[s.index] for s in samples])
         self.rows[:count] = torch.stack([s.told.table.coefficients[s.index] for s in samples])
         if any(s.told.table.stochastic for s in samples):
-            self.noise[:count] = torch.stack([_noise(s) for s in samples]).to(self.noise.device)
+            self.noise[:count] = torch.stack([s.noise() for s in samples]).to(self.noise.device)
         self._held = [(sample, sample.index + 1) for sample in samples]
 
     def compute(self) -> None:
@@ -160,10 +159,3 @@ class Buckets:
             step.compute()
         self._graphs[step.size, mode] = graph
         self.captures += 1
-
-
-def _noise(sample: Sample) -> Tensor:
-    """Of the sample's next step; others' coefficient of it is zero."""
-    if sample.told.table.stochastic:
-        return noise_for(sample.seed, sample.index + 1, sample.latents.shape)
-    return torch.zeros(sample.latents.shape)

@@ -12,6 +12,7 @@ import torch
 
 from service.engine.batcher import Batcher
 from service.engine.board import Board, tell_cancelled
+from service.engine.buckets import bucket_sizes
 from service.engine.cost import CostModel
 from service.engine.job import Job
 from service.engine.runner import Runner
@@ -299,9 +300,8 @@ class Lane:
             self.runner.step(samples[:size])
             return self._seconds(lambda: self.runner.step(samples[:size]))
 
-        sizes = sorted({*(2**k for k in range(most.bit_length()) if 2**k <= most), most})
         decode = partial(self.runner.decode, [samples[0].latents])
-        self.cost.calibrate(sizes, step_s, lambda: self._seconds(decode))
+        self.cost.calibrate(bucket_sizes(most), step_s, lambda: self._seconds(decode))
         logger.info("calibrated: %.4g sample-steps/s", self.cost.per_s)
 
     def _seconds(self, work: Callable[[], object]) -> float:

@@ -33,13 +33,13 @@ Application = Literal["auto", "fused", "segmented"]
 
 # Adapters that lie ready on the device, where nobody says otherwise.
 ARENA_BYTES = {"cpu": 2**30, "cuda": 2**32}
-# Beyond so many samples of nano the caches of two CPU cores overflow: sixteen take 206 ms a step in
-# one call and 187 ms in two. Only where their number does not change their bits.
+# More samples of nano in one call were no quicker on two CPU cores in a trial: 206 ms a step for
+# sixteen in one, 187 ms in two. Only where their number does not change their bits.
 AT_ONCE = 8
 # Samples of one scene from which a call of their own is quicker than one with other scenes beside
-# them. Fused: measured on two CPU cores with nano, where four scenes of four take 220 ms a step
-# apart and 246 ms together, and eight of two 280 ms either way. Segmented: an estimate, the GPU's
-# crossover has not been measured.
+# them. Fused, on two CPU cores with nano (rows engine.apart_ms.*): two scenes of eight take 183 ms
+# a step apart and 184 ms together, four of four 220 and 214 ms, eight of two 283 and 259 ms; so
+# both ways are within 3 % from four on. Segmented: an estimate, not measured on a GPU.
 SPLIT_FROM = {"fused": 4, "segmented": 8}
 
 
@@ -102,6 +102,10 @@ class Runner:
             )
         if arena_bytes is None:
             arena_bytes = ARENA_BYTES.get(base.device.type, ARENA_BYTES["cpu"])
+        static = base.device.type == "cuda" if static is None else static
+        if static:
+            # Before anybody remembers where weights lie and in which order.
+            base.unet.to(memory_format=_layout(base))
         split_from = split_from or SPLIT_FROM[application]
         kind = FusedWeights if application == "fused" else SegmentedWeights
         self.weights: Weights = kind(
@@ -110,8 +114,7 @@ class Runner:
         self._samplers: dict[tuple[str, int], Sampler] = {}
         self.buckets: Buckets | None = None
         self._fused_norms = Installed()
-        if base.device.type == "cuda" if static is None else static:
-            base.unet.to(memory_format=_layout(base))
+        if static:
             self._fused_norms = install_fusion(base.unet)
             self.buckets = Buckets(base, max_samples, self._attending)
         if exact:
@@ -186,8 +189,8 @@ class Runner:
             samples: Unfinished ones, at most ``max_samples``, those of one digest side by side.
 
         Raises:
-            RuntimeError: Weights were written from elsewhere; what was not yet advanced stands
-                where it stood.
+            SpoiltWeights: They were written from elsewhere; what was not yet advanced stands where
+                it stood.
         """
         groups = [list(group) for _, group in groupby(samples, lambda sample: sample.digest)]
         parts = [Part(group[0].digest, len(group)) for group in groups]
@@ -211,7 +214,7 @@ class Runner:
 
     def _predict(self, samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
         """One U-Net call and one sampler step. [N, C, h, w] twice, float32"""
-        base, shape = self.base, samples[0].latents.shape
+        base = self.base
         latents = torch.stack([s.latents for s in samples])
         known = torch.stack([s.told.known for s in samples])
         timesteps = torch.stack([s.told.table.timesteps[s.index] for s in samples])
@@ -225,14 +228,7 @@ class Runner:
         rows = torch.stack([s.told.table.coefficients[s.index] for s in samples])
         noise = None
         if any(s.told.table.stochastic for s in samples):
-            # Others' coefficient of it is zero.
-            drawn = [
-                noise_for(s.seed, s.index + 1, shape)
-                if s.told.table.stochastic
-                else torch.zeros(shape)
-                for s in samples
-            ]
-            noise = torch.stack(drawn).to(base.device)
+            noise = torch.stack([s.noise() for s in samples]).to(base.device)
         history = torch.stack([s.history for s in samples])
         return advance(rows, latents, prediction, history, noise)
 

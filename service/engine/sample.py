@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from realfill.complete.samplers import Sampler
+from realfill.complete.samplers import Sampler, noise_for
 
 
 @dataclass(eq=False)
@@ -43,6 +44,12 @@ class Sample:
     latents: Tensor
     history: Tensor
     index: int = 0
+
+    def noise(self) -> Tensor:
+        """Of its next step, zeros where its sampler wants none. [C, h, w], on the CPU"""
+        if self.told.table.stochastic:
+            return noise_for(self.seed, self.index + 1, self.latents.shape)
+        return torch.zeros(self.latents.shape)
 
     @property
     def finished(self) -> bool:

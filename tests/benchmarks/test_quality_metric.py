@@ -146,5 +146,5 @@ def test_what_is_missing_is_said_in_one_sentence(monkeypatch: pytest.MonkeyPatch
         metrics_of(["lpips"])
     with pytest.raises(MetricUnavailable, match="choose of lpips, dreamsim"):
         metrics_of(["fid"])
-    with pytest.raises(MetricUnavailable, match=r"realfill-serve\[quality\]"):
+    with pytest.raises(MetricUnavailable, match="dreamsim, which is not installed: install it"):
         metrics_of(["dreamsim"])
