@@ -41,7 +41,9 @@ class Probes:
         self.metrics = metrics
 
     async def livez(self) -> dict[str, str]:
-        """Whether the process answers at all."""
+        """Whether the process answers at all, and would not be better off started anew."""
+        if not self.road.alive:
+            raise EngineClosed("The lane has ended, its log says why: restart the service.")
         return {"status": "alive"}
 
     async def readyz(self) -> dict[str, str]:

@@ -53,8 +53,13 @@ class Lane(Protocol):
         """Jobs that wait or run."""
         ...
 
+    @property
+    def failure(self) -> BaseException | None:
+        """What ended it for good, if anything did."""
+        ...
+
     def start(self) -> object:
-        """Begin to take jobs."""
+        """Begin to take jobs; raises EngineClosed where it cannot."""
         ...
 
     def close(self, *, drain: bool = True) -> None:
@@ -104,7 +109,12 @@ class Road:
     @property
     def ready(self) -> bool:
         """Whether completions are taken."""
-        return self._open
+        return self._open and self.alive
+
+    @property
+    def alive(self) -> bool:
+        """Whether the lane runs, or may yet: one that has failed needs a new process."""
+        return self.engine.failure is None
 
     @property
     def loaded(self) -> list[str]:

@@ -47,6 +47,7 @@ class GreyEngine:
     def __init__(self) -> None:
         self.jobs: list[Job] = []
         self.forgotten: list[str] = []
+        self.failure: BaseException | None = None
 
     @property
     def pending(self) -> int:

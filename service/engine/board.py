@@ -6,7 +6,7 @@ import threading
 from collections.abc import Sequence
 
 from service.engine.task import Task
-from service.errors import Cancelled
+from service.errors import Cancelled, EngineClosed
 
 OUTCOMES = ("completed", "partial", "cancelled", "failed", "refused", "sample_steps", "steps")
 
@@ -17,6 +17,7 @@ class Board:
     Attributes:
         waiting, running: In the order in which they came. Only the lane changes ``running``.
         open: Whether jobs are taken.
+        failure: What ended the lane, where that was not its owner.
     """
 
     def __init__(self) -> None:
@@ -24,6 +25,7 @@ class Board:
         self.waiting: list[Task] = []
         self.running: list[Task] = []
         self.open = False
+        self.failure: BaseException | None = None
         self.counts = dict.fromkeys(OUTCOMES, 0)
 
     def __len__(self) -> int:
@@ -88,6 +90,26 @@ class Board:
             self.running.remove(task)
             self.counts[outcome] += 1
             self.counts["sample_steps"] += sample_steps
+
+    def abandon(self, failure: BaseException) -> None:
+        """Fail all jobs and take no more: the lane has ended, and nobody would do them."""
+        with self.changed:
+            self.open, self.failure = False, failure
+            waiting, running = self.waiting, self.running
+            self.waiting, self.running = [], []
+            self.counts["failed"] += len(waiting) + len(running)
+            self.changed.notify_all()
+        left = [*running, *(t for t in waiting if t.future.set_running_or_notify_cancel())]
+        for task in left:
+            task.future.set_exception(ended_by(failure))
+
+
+def ended_by(failure: BaseException) -> EngineClosed:
+    """What jobs of a lane that has ended by itself are told."""
+    return EngineClosed(
+        f"The lane ended ({type(failure).__name__}: {failure}): restart the service, or ask "
+        "another replica."
+    )
 
 
 def tell_cancelled(tasks: Sequence[Task]) -> None:

@@ -10,7 +10,7 @@ from types import TracebackType
 
 from realfill.base import Base
 from realfill.errors import RealFillError
-from service.engine.board import Board, tell_cancelled
+from service.engine.board import Board, ended_by, tell_cancelled
 from service.engine.cost import CostModel
 from service.engine.job import Job, Sampled
 from service.engine.lane import RUNNING_BATCHES, Lane
@@ -67,10 +67,10 @@ class Engine:
         self._thread: threading.Thread | None = None
 
     def start(self) -> Engine:
-        """Start the lane.
+        """Start the lane, and wait until it has warmed up and timed its steps.
 
         Raises:
-            EngineClosed: It was started before.
+            EngineClosed: It was started before, or the lane could not start.
         """
         with self._board.changed:
             if self._thread is not None:
@@ -78,6 +78,9 @@ class Engine:
             self._board.open = True
             self._thread = threading.Thread(target=self._lane.drive, name="lane", daemon=True)
             self._thread.start()
+        self._lane.ready.wait()
+        if self.failure is not None:
+            raise ended_by(self.failure) from self.failure
         return self
 
     def close(self, *, drain: bool = True) -> None:
@@ -126,6 +129,8 @@ class Engine:
         board = self._board
         task = Task(job, Future(), time.perf_counter())
         with board.changed:
+            if board.failure is not None:
+                raise ended_by(board.failure) from board.failure
             if not board.open:
                 raise EngineClosed("the engine is not running; start it, or ask another replica")
             dropped = board.drop_cancelled()
@@ -153,6 +158,11 @@ class Engine:
         """
         self.runner.weights.forget(digest)
         self._board.notify()
+
+    @property
+    def failure(self) -> BaseException | None:
+        """What ended the lane, if it was not ``close``; there is no way back but a new engine."""
+        return self._board.failure
 
     @property
     def pending(self) -> int:

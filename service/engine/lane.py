@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -45,27 +46,42 @@ class Lane:
         board: The jobs; the lane alone changes those that run.
         cost: Calibrated before the first turn and corrected by every step.
         max_running: Most jobs that share the batches.
+
+    Attributes:
+        ready: Set once turns are taken, or once it is clear that none will be.
     """
 
     def __init__(self, runner: Runner, board: Board, cost: CostModel, max_running: int) -> None:
         self.runner = runner
         self.board = board
         self.cost = cost
+        self.ready = threading.Event()
         self._batcher = Batcher(runner.max_samples)
         self._max_running = max_running
         self._most_samples = RUNNING_BATCHES * runner.max_samples
         self._judges = ThreadPoolExecutor(1, thread_name_prefix="judge")
 
     def drive(self) -> None:
-        """Turn after turn until the board is closed and empty; this is the lane's thread."""
-        self.runner.warm_up(SHARED_RANKS)
-        self._calibrate()
-        while self._attend():
-            if not self._turn():
-                with self.board.changed:
-                    self.board.changed.wait(PAUSE_S)
-        self._judges.shutdown()
-        self.runner.release()
+        """Turn after turn until the board is closed and empty; this is the lane's thread.
+
+        Whatever fails outside of a single job, such as a device that is lost, ends the lane: its
+        jobs are told at once rather than left to their timeouts.
+        """
+        try:
+            self.runner.warm_up(SHARED_RANKS)
+            self._calibrate()
+            self.ready.set()
+            while self._attend():
+                if not self._turn():
+                    with self.board.changed:
+                        self.board.changed.wait(PAUSE_S)
+        except BaseException as failure:
+            logger.critical("the lane has ended", exc_info=failure)
+            self.board.abandon(failure)
+        finally:
+            self.ready.set()
+            self._judges.shutdown()
+            self.runner.release()
 
     def _attend(self) -> bool:
         """Wait for jobs; False when it is time to end."""

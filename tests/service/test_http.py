@@ -212,6 +212,15 @@ def test_probes_tell_life_from_readiness(road: Road) -> None:
     _refused(client.get("/readyz"), 503, "engine_closed")
 
 
+def test_probes_tell_that_the_lane_has_failed(road: Road) -> None:
+    """Only a new process mends it, so it counts as dead and not just as busy."""
+    client = TestClient(create_app(road, Settings()))
+    with client:
+        road.engine.failure = RuntimeError("device lost")
+        for probe in ("/livez", "/readyz"):
+            _refused(client.get(probe), 503, "engine_closed")
+
+
 def test_metrics_are_labelled_by_route_template(client: TestClient) -> None:
     """A scene's name is no label."""
     client.get("/v1/scenes/bridge")

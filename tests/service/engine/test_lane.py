@@ -266,6 +266,48 @@ def test_engine_that_was_not_started_takes_no_job(base: Base) -> None:
         Engine(base, max_queue=0)
 
 
+def test_engine_whose_first_steps_fail_says_so_at_its_start(base: Base) -> None:
+    """A device that cannot do one step is found at the start, and takes no job."""
+
+    def out_of_memory(*_: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    engine = Engine(base)
+    hook = base.unet.conv_in.register_forward_pre_hook(out_of_memory)
+    try:
+        with pytest.raises(EngineClosed, match="RuntimeError: out of memory"):
+            engine.start()
+    finally:
+        hook.remove()
+    with pytest.raises(EngineClosed, match="out of memory"):
+        engine.submit(job_for(base))
+    engine.close()
+
+
+def test_lane_that_ends_tells_all_its_jobs_at_once(
+    base: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A device lost between two jobs leaves nobody waiting, neither in the lane nor before it."""
+
+    def lost() -> None:
+        raise RuntimeError("device lost")
+
+    engine = Engine(base, max_running=1).start()
+    blocker = Blocker(base, steps=500)
+    futures = [blocker.submit(engine), *(engine.submit(job_for(base)) for _ in range(2))]
+    monkeypatch.setattr(engine.runner, "synchronize", lost)
+    blocker.release.set()
+    for future in futures:
+        with pytest.raises(EngineClosed, match=r"device lost\): restart the service"):
+            future.result(WAIT_S)
+    assert str(engine.failure) == "device lost"
+    assert engine.pending == 0
+    assert engine.metrics().failed == 3
+    with pytest.raises(EngineClosed, match="device lost"):
+        engine.submit(job_for(base))
+    engine.close()
+
+
 def test_futures_may_call_back_into_the_engine(base: Base) -> None:
     """A callback that asks for metrics or submits more work does not lock the lane."""
     with Engine(base) as engine:
