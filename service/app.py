@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -110,12 +111,17 @@ class Completer:
     """Completes photographs of the scenes in its registry."""
 
     def __init__(self) -> None:
+        import torch
+
         from service.http import create_app
         from service.middleware import log_to_stderr
 
         log_to_stderr()
         try:
-            self.road = build_road(settings)
+            # In a thread that ends: the team that loads the base would slow the lane's down.
+            with ThreadPoolExecutor(1, "builder") as builder:
+                self.road = builder.submit(build_road, settings).result()
+            torch.set_num_threads(1)
             front.app = create_app(self.road, settings)
             self.road.start()
         # Whatever it is, it would happen again in the next worker.

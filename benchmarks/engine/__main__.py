@@ -6,6 +6,7 @@ import resource
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -23,7 +24,7 @@ from benchmarks.engine.rates import compare, job_of, sample_steps_per_s
 from benchmarks.engine.service import PEER as ENGINE
 from benchmarks.engine.service import measure_overhead
 from benchmarks.engine.swaps import measure_swaps
-from benchmarks.engine.timing import quantile, repeated
+from benchmarks.engine.timing import alone, quantile, repeated
 from benchmarks.record import ROWS, Row, record
 from realfill.base import Base, load_base
 from realfill.errors import RealFillError
@@ -319,7 +320,7 @@ def main(
     measured: list[Row] = []
     try:
         bench = Bench(
-            base=load_base(base_name, device=device, dtype=dtype),
+            base=alone(partial(load_base, base_name, device=device, dtype=dtype)),
             base_name=base_name,
             rank=rank or RANKS.get(base_name, 8),
             batches=tuple(size for size in BATCHES if size <= largest),
@@ -331,7 +332,7 @@ def main(
         )
         for name in parts or PARTS:
             with console.status(f"measuring {name}"):
-                measured += PARTS[name](bench)
+                measured += alone(partial(PARTS[name], bench))
     except (RealFillError, RuntimeError) as error:
         raise click.ClickException(str(error)) from error
     console.print(table_of(measured))

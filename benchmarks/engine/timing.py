@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import numpy as np
 import torch
+
+Outcome = TypeVar("Outcome")
 
 
 def seconds_of(work: Callable[[], object], device: torch.device) -> float:
@@ -41,6 +45,15 @@ def repeated(
         if after is not None:
             after()
     return seconds[warm_up:]
+
+
+def alone(work: Callable[[], Outcome]) -> Outcome:
+    """Do it in a thread that ends, as the lane is one.
+
+    Threads that have computed keep a team of OpenMP, which slows down those of other threads.
+    """
+    with ThreadPoolExecutor(1, "measure") as pool:
+        return pool.submit(work).result()
 
 
 def quantile(seconds: Sequence[float], percent: float) -> float:

@@ -8,6 +8,8 @@ import time
 from concurrent.futures import Future
 from types import TracebackType
 
+import torch
+
 from realfill.base import Base
 from realfill.errors import RealFillError
 from service.engine.board import Board, ended_by, tell_cancelled
@@ -29,6 +31,9 @@ class Engine:
 
     Every step is one batch of samples from whichever jobs are there, each with its own adapter and
     at its own step, so that a new job is in the very next batch.
+
+    While it runs, its lane computes with as many cores as torch does where the engine is made, and
+    threads that begin meanwhile with one (``service.engine.cores`` says why).
 
     Args:
         base: Becomes the engine's own until it is closed, which leaves it as it was.
@@ -63,7 +68,8 @@ class Engine:
         self._max_queue = max_queue
         self._board = Board()
         most = RUNNING_BATCHES * max_samples
-        self._lane = Lane(self.runner, self._board, self.cost, max_running or most)
+        cores = torch.get_num_threads()
+        self._lane = Lane(self.runner, self._board, self.cost, max_running or most, cores)
         self._thread: threading.Thread | None = None
 
     def start(self) -> Engine:

@@ -14,6 +14,7 @@ import torch
 from service.engine.batcher import Batcher
 from service.engine.board import Board, tell_cancelled
 from service.engine.buckets import bucket_sizes
+from service.engine.cores import all_cores
 from service.engine.cost import CostModel
 from service.engine.job import Job
 from service.engine.runner import Runner
@@ -46,18 +47,22 @@ class Lane:
         board: The jobs; the lane alone changes those that run.
         cost: Calibrated before the first turn and corrected by every step.
         max_running: Most jobs that share the batches.
+        cores: That the lane computes with, where the device is a CPU.
 
     Attributes:
         ready: Set once turns are taken, or once it is clear that none will be.
     """
 
-    def __init__(self, runner: Runner, board: Board, cost: CostModel, max_running: int) -> None:
+    def __init__(
+        self, runner: Runner, board: Board, cost: CostModel, max_running: int, cores: int
+    ) -> None:
         self.runner = runner
         self.board = board
         self.cost = cost
         self.ready = threading.Event()
         self._batcher = Batcher(runner.max_samples)
         self._max_running = max_running
+        self._cores = cores
         self._most_samples = RUNNING_BATCHES * runner.max_samples
         self._judges = ThreadPoolExecutor(1, thread_name_prefix="judge")
 
@@ -68,13 +73,8 @@ class Lane:
         jobs are told at once rather than left to their timeouts.
         """
         try:
-            self.runner.warm_up(SHARED_RANKS)
-            self._calibrate()
-            self.ready.set()
-            while self._attend():
-                if not self._turn():
-                    with self.board.changed:
-                        self.board.changed.wait(PAUSE_S)
+            with all_cores(self._cores):
+                self._take_turns()
         except BaseException as failure:
             logger.critical("the lane has ended", exc_info=failure)
             self.board.abandon(failure)
@@ -82,6 +82,15 @@ class Lane:
             self.ready.set()
             self._judges.shutdown()
             self.runner.release()
+
+    def _take_turns(self) -> None:
+        self.runner.warm_up(SHARED_RANKS)
+        self._calibrate()
+        self.ready.set()
+        while self._attend():
+            if not self._turn():
+                with self.board.changed:
+                    self.board.changed.wait(PAUSE_S)
 
     def _attend(self) -> bool:
         """Wait for jobs; False when it is time to end."""
