@@ -21,7 +21,7 @@ MEDIA_TYPES: dict[str, ImageFormat] = {
 # Low compression: a candidate is read once, and at the default level zlib takes longer than
 # sampling it did. JPEG without chroma subsampling; WebP lossless, as PNG is.
 _SAVE_OPTIONS: dict[ImageFormat, dict[str, object]] = {
-    "png": {"compress_level": 3},
+    "png": {"compress_level": 1},
     "jpeg": {"quality": 95, "subsampling": 0},
     "webp": {"lossless": True, "quality": 20, "method": 1},
 }

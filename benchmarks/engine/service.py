@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.engine.adapters import random_capsule
+from benchmarks.engine.timing import alone
 from benchmarks.load.local import free_port, serving
 from realfill.base import Base
 from realfill.capsule import read_capsule
@@ -55,7 +57,7 @@ def measure_overhead(
     Returns:
         By image: ``square`` of the base's size, and ``photo`` of 741x497 pixels.
     """
-    capsule = random_capsule(base, SCENE, rank=rank, seed=0)
+    capsule = alone(partial(random_capsule, base, SCENE, rank=rank, seed=0))
     registry = Registry.open(folder / "registry")
     digest = registry.publish(capsule).digest
     registry.close()
@@ -64,19 +66,25 @@ def measure_overhead(
     words += ["--port", str(port), "--base", base_name, "--device", base.device.type]
     words += ["--matcher", "none"]
     url = f"http://127.0.0.1:{port}"
-    photo = torch.tensor(photograph("motorcycle_right.png")).permute(2, 0, 1) / 255
-    square = crop(photo, window_of(_hole(photo), base.size_px), base.size_px)
+    photo, square = alone(partial(_pictures, base.size_px))
     overheads = {}
     with (
         serving(words, url, log=folder / "server.log", start_s=start_s),
         Client(url) as client,
-        Engine(base) as engine,
+        alone(partial(Engine, base)) as engine,
     ):
+        # As in the server: the cores are the lane's.
+        torch.set_num_threads(1)
         for name, picture in (("square", square), ("photo", photo)):
             request = _request(client, picture)
             direct = _direct(engine, _job(base, capsule, digest, picture))
             overheads[name] = _in_turns(request, direct, requests)
     return overheads
+
+
+def _pictures(size_px: int) -> tuple[Tensor, Tensor]:
+    photo = torch.tensor(photograph("motorcycle_right.png")).permute(2, 0, 1) / 255
+    return photo, crop(photo, window_of(_hole(photo), size_px), size_px)
 
 
 def _in_turns(
