@@ -15,7 +15,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .PHONY: help install check test test-gpu test-slow demo serve bench bench-kernels bench-load \
-	bench-ranking bench-registry soak quality sweep ablation confusion nano nano-report adapt-report targets \
+	bench-ranking bench-registry soak quality sweep ablation confusion gate nano nano-report adapt-report targets \
 	lock clean
 
 help: ## show this list
@@ -89,6 +89,9 @@ ablation: $(STAMP) ## which choices of the method matter (trains each anew), int
 
 confusion: $(STAMP) ## does the matcher tell places apart
 	$(BIN)/python -m benchmarks.quality.confusion --scenes $(SCENES)
+
+gate: $(STAMP) ## how far the verdicts on answers can be trusted, and their thresholds
+	$(BIN)/python -m benchmarks.quality.gate --scenes $(SCENES)
 
 nano: $(STAMP) ## train the embedded base and matcher from nothing (hours on a CPU)
 	$(BIN)/realfill pretrain

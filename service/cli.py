@@ -72,7 +72,7 @@ def _environment(settings: Settings) -> dict[str, str]:
         if path.exists():
             values[name] = str(path.resolve())
     variables = {PREFIX + name.upper(): str(value) for name, value in values.items()}
-    # NumPy's and SciPy's idle threads spin: for 30 ms after each seam they took a core from the lane.
+    # NumPy's and SciPy's idle threads spin: after each seam they took a core from the lane.
     blas = {"OPENBLAS_NUM_THREADS": os.environ.get("OPENBLAS_NUM_THREADS", "1")}
     return {**variables, **blas, "BENTOML_DO_NOT_TRACK": "True"}
 

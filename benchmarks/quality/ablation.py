@@ -52,12 +52,11 @@ VARIANTS = (
     Variant("no LoRA dropout", {"lora_dropout": 0.0}),
     Variant("nearest mask", {"mask_reduction": "nearest"}, nearest=True),
 )
-# Of the default's own candidates: what ranking keeps of them, looking at the hole or everywhere.
+# Of the default's own candidates: what ranking keeps of them, looking everywhere or at a part.
 RANKINGS = (
-    Variant("top 25 %, ranked as the service does", ranked_by=OFFICIAL),
+    Variant("top 25 %, ranked as the service does: everywhere", ranked_by=OFFICIAL),
+    Variant("top 25 %, ranked in hole and rim", ranked_by="rim"),
     Variant("top 25 %, ranked in the hole", ranked_by="count"),
-    Variant("top 25 %, ranked in hole and rim", ranked_by="rim confidence"),
-    Variant("top 25 %, ranked by the filled region alone", ranked_by="count"),
 )
 
 

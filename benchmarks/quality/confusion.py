@@ -89,16 +89,19 @@ def sites_of(scenes: Sequence[Scene]) -> list[Site]:
         photos = list(scene.references)
         if len(photos) == 1 and scene.truth is not None:
             photos.append(scene.truth)
-        known = next((site for site in found if _shared(photos, site.photos)), None)
+        known = next((site for site in found if share_a_photograph(photos, site.photos)), None)
         if known is None:
             found.append(Site(scene.name, tuple(photos)))
         else:
-            fresh = tuple(photo for photo in photos if not _shared([photo], known.photos))
+            fresh = tuple(
+                photo for photo in photos if not share_a_photograph([photo], known.photos)
+            )
             found[found.index(known)] = Site(known.name, (*known.photos, *fresh))
     return found
 
 
-def _shared(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
+def share_a_photograph(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
+    """Whether one picture is among both. [3, H, W] each"""
     return any(torch.equal(a, b) for a in first for b in second)
 
 
