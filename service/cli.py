@@ -62,10 +62,9 @@ def serve(**options: Any) -> None:
     sys.exit(status)
 
 
-# Read when the libraries are loaded, so that the service cannot say it itself. Idle threads of NumPy
-# and SciPy spin, for 30 ms after each seam, and those of OpenMP for some more: they would take a
-# core from the lane, or from the threads that encode its pictures.
-_THREADS = {"OPENBLAS_NUM_THREADS": "1", "GOMP_SPINCOUNT": "30000"}
+# Read when the libraries are loaded, so that the service cannot set it itself. Idle threads of
+# NumPy and SciPy spin for 30 ms after each seam, and would take a core from the lane.
+_THREADS = {"OPENBLAS_NUM_THREADS": "1"}
 
 
 def _environment(settings: Settings) -> dict[str, str]:
