@@ -18,13 +18,19 @@ from rich.table import Table
 
 from benchmarks.engine import peers, swaps
 from benchmarks.engine.limits import flops_per_sample_step, peak_flops_per_s
-from benchmarks.engine.mixing import measure_lone, measure_mixing, measure_waits, paper_like
+from benchmarks.engine.mixing import (
+    Mixing,
+    measure_lone,
+    measure_mixing,
+    measure_waits,
+    paper_like,
+)
 from benchmarks.engine.peers import measure_hotswap, measure_infer, measure_mixed
 from benchmarks.engine.rates import compare, job_of, sample_steps_per_s
 from benchmarks.engine.service import PEER as ENGINE
 from benchmarks.engine.service import measure_overhead
 from benchmarks.engine.swaps import measure_swaps
-from benchmarks.engine.timing import alone, quantile, repeated
+from benchmarks.engine.timing import alone, idle_team, quantile, repeated
 from benchmarks.record import ROWS, Row, record
 from realfill.base import Base, load_base
 from realfill.errors import RealFillError
@@ -181,6 +187,33 @@ def bench_mixed(bench: Bench) -> list[Row]:
     return rows
 
 
+def bench_threads(bench: Bench) -> list[Row]:
+    """What a second team of threads costs the lane, though it has nothing to do."""
+    samples = max(bench.batches)
+
+    def mixing() -> Mixing:
+        return measure_mixing(
+            bench.base, scenes=samples, samples=samples, rank=bench.rank, repeats=bench.repeats
+        )
+
+    lone = mixing()
+    with idle_team():
+        beside = mixing()
+    return [
+        bench.keep(
+            f"engine.idle_team_pct.{name}",
+            100 * (median(theirs) / median(ours) - 1),
+            "%",
+            better="lower",
+            peer="the same step without another thread's team",
+        )
+        for name, ours, theirs in (
+            ("one", lone.one_s, beside.one_s),
+            ("mixed", lone.mixed_s, beside.mixed_s),
+        )
+    ]
+
+
 def bench_lane(bench: Bench) -> list[Row]:
     """What the lane adds to a lone job, and what a small one waits for beside a large one."""
     lone = measure_lone(bench.base, samples=bench.samples, steps=bench.steps, repeats=bench.repeats)
@@ -264,6 +297,7 @@ PARTS: dict[str, Callable[[Bench], list[Row]]] = {
     "swap": bench_swap,
     "rate": bench_rate,
     "mixed": bench_mixed,
+    "threads": bench_threads,
     "lane": bench_lane,
     "diffusers": bench_diffusers,
     "infer": bench_infer,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TypeVar
 
 import numpy as np
@@ -54,6 +56,27 @@ def alone(work: Callable[[], Outcome]) -> Outcome:
     """
     with ThreadPoolExecutor(1, "measure") as pool:
         return pool.submit(work).result()
+
+
+@contextmanager
+def idle_team() -> Iterator[None]:
+    """Another thread that has computed with all cores, and now waits."""
+    computed, over = threading.Event(), threading.Event()
+
+    def compute_and_wait() -> None:
+        square = torch.ones(1024, 1024)
+        torch.mm(square, square)
+        computed.set()
+        over.wait()
+
+    thread = threading.Thread(target=compute_and_wait)
+    thread.start()
+    computed.wait()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 def quantile(seconds: Sequence[float], percent: float) -> float:

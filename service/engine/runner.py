@@ -33,14 +33,14 @@ Application = Literal["auto", "fused", "segmented"]
 
 # Adapters that lie ready on the device, where nobody says otherwise.
 ARENA_BYTES = {"cpu": 2**30, "cuda": 2**32}
-# More samples of nano in one call were no quicker on two CPU cores in a trial: 206 ms a step for
-# sixteen in one, 187 ms in two. Only where their number does not change their bits.
+# More samples of nano in one call were no quicker on two CPU cores in a trial: 169 ms a step for
+# sixteen in one, 158 ms in two, 179 ms in four. Only where their number does not change their bits.
 AT_ONCE = 8
-# Samples of one scene from which a call of their own is quicker than one with other scenes beside
-# them. Fused, on two CPU cores with nano (rows engine.apart_ms.*): two scenes of eight take 183 ms
-# a step apart and 184 ms together, four of four 220 and 214 ms, eight of two 283 and 259 ms; so
-# both ways are within 3 % from four on. Segmented: an estimate, not measured on a GPU.
-SPLIT_FROM = {"fused": 4, "segmented": 8}
+# Samples of one scene from which a call of their own is no slower than one with other scenes beside
+# them. Fused, on two CPU cores with nano (rows engine.apart_ms.*): two scenes of eight take 158 ms
+# a step apart and 162 ms together, four of four 196 and 182 ms, eight of two 251 and 218 ms.
+# Segmented: an estimate, not measured on a GPU.
+SPLIT_FROM = 8
 
 
 class Runner:
@@ -60,8 +60,7 @@ class Runner:
             weights), or auto for the one that suits the device.
         arena_bytes: For adapters that lie ready on the device; None for 1 GiB on a CPU and 4 GiB on
             CUDA.
-        split_from: Samples of one scene from which they run in a call of their own; None for 4
-            where weights are fused and 8 where they are segmented.
+        split_from: Samples of one scene from which they run in a call of their own; None for 8.
         static: Whether steps run in buckets of fixed size and memory, with fused group norms; on
             CUDA they are captured as graphs. None for CUDA alone.
 
@@ -106,7 +105,7 @@ class Runner:
         if static:
             # Before anybody remembers where weights lie and in which order.
             base.unet.to(memory_format=_layout(base))
-        split_from = split_from or SPLIT_FROM[application]
+        split_from = split_from or SPLIT_FROM
         kind = FusedWeights if application == "fused" else SegmentedWeights
         self.weights: Weights = kind(
             base.unet, base.adapter_modules, budget_bytes=arena_bytes, split_from=split_from

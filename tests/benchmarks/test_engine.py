@@ -84,7 +84,7 @@ def test_the_command_records_its_rows(tmp_path: Path) -> None:
     words = ["--base", str(save_tiny_base(tmp_path / "base")), "--rows", str(tmp_path / "rows")]
     words += ["--steps", "1", "--samples", "2", "--repeats", "1", "--rank", "2"]
     words += ["--largest", "4"]
-    for part in ("swap", "rate", "mixed", "lane", "diffusers", "infer"):
+    for part in ("swap", "rate", "mixed", "threads", "lane", "diffusers", "infer"):
         words += ["--part", part]
     answer = CliRunner().invoke(main, words, catch_exceptions=False)
     assert answer.exit_code == 0
@@ -100,6 +100,8 @@ def test_the_command_records_its_rows(tmp_path: Path) -> None:
         "engine.mixed_overhead_pct.paper",
         "engine.apart_ms.s2",
         "engine.peft_mixed_overhead_pct",
+        "engine.idle_team_pct.one",
+        "engine.idle_team_pct.mixed",
         "engine.lone_overhead_pct",
         "engine.first_candidate_p50_ms",
         "engine.memory_bytes",
