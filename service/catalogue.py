@@ -36,7 +36,7 @@ T = TypeVar("T")
 
 
 class Catalogue:
-    """The handlers; ``pool`` holds their work, which would block the event loop."""
+    """The handlers; ``pool`` holds their work, which waits for the registry."""
 
     def __init__(self, road: Road, pool: ThreadPoolExecutor) -> None:
         self.road = road

@@ -16,8 +16,9 @@ from starlette.datastructures import UploadFile
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive
+from torch import Tensor
 
-from service.answer import Answer, Pending, Plan
+from service.answer import Answer, Plan
 from service.errors import Cancelled, DeadlineExceeded, InvalidRequest, QueueFull
 from service.forms import fields_of, files_of, read_form, wanted_form
 from service.images import encode, read_image, read_mask
@@ -81,17 +82,33 @@ class Ask:
     evidence: bool
 
 
+def most_in_flight(settings: Settings) -> int:
+    """Completions admitted at once: twice what may wait for the lane, and those in the threads."""
+    return 2 * settings.max_queue + WORKERS
+
+
 class Completions:
-    """Serves completions over one road; ``pool`` holds all work that would block the event loop."""
+    """Serves completions over one road.
+
+    Args:
+        work: Threads for decoding, ranking and encoding: a few, which compute.
+        waiting: Threads for what may wait for the registry: one for each completion in flight, so
+            that scenes which are slow to come hold up nobody else's.
+    """
 
     def __init__(
-        self, road: Road, settings: Settings, metrics: Metrics, pool: ThreadPoolExecutor
+        self,
+        road: Road,
+        settings: Settings,
+        metrics: Metrics,
+        work: ThreadPoolExecutor,
+        waiting: ThreadPoolExecutor,
     ) -> None:
         self.road = road
         self.settings = settings
         self.metrics = metrics
-        self.pool = pool
-        self.gate = Gate(2 * settings.max_queue + WORKERS)
+        self.work, self.waiting = work, waiting
+        self.gate = Gate(most_in_flight(settings))
         metrics.watch(
             "realfill_completions_in_flight", "Completions admitted.", lambda: self.gate.inside
         )
@@ -179,7 +196,11 @@ class Completions:
 
     async def _work(self, ask: Ask, request: Request, cancel: threading.Event) -> Response:
         started = time.perf_counter()
-        pending = await self._in_thread(partial(self._begin, ask, cancel))
+        image, mask = await self._in_thread(partial(_read, ask, self.settings.max_pixels))
+        read_s = time.perf_counter() - started
+        begin = partial(self.road.begin, ask.reference, image, mask, ask.plan, cancel)
+        pending = await asyncio.get_running_loop().run_in_executor(self.waiting, begin)
+        pending.timings_s["read"] = read_s
         sampled = await asyncio.wrap_future(pending.future)
         answer = await self._in_thread(partial(self.road.finish, pending, sampled))
         write = self._as_json if ask.as_json else self._as_image
@@ -196,21 +217,6 @@ class Completions:
             timings_ms=_milliseconds(stages),
         )
         return response
-
-    def _begin(self, ask: Ask, cancel: threading.Event) -> Pending:
-        max_pixels = self.settings.max_pixels
-        started = time.perf_counter()
-        try:
-            image = read_image(ask.image.file.read(), max_pixels=max_pixels)
-            size = (image.shape[-2], image.shape[-1])
-            mask = read_mask(ask.mask.file.read(), size, max_pixels=max_pixels)
-        finally:
-            ask.image.file.close()
-            ask.mask.file.close()
-        read_s = time.perf_counter() - started
-        pending = self.road.begin(ask.reference, image, mask, ask.plan, cancel)
-        pending.timings_s["read"] = read_s
-        return pending
 
     def _as_image(self, ask: Ask, answer: Answer, request_id: str, started: float) -> Response:
         """The best candidate, with the evidence in headers."""
@@ -289,13 +295,24 @@ class Completions:
         return encoded
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self.pool, work)
+        return await asyncio.get_running_loop().run_in_executor(self.work, work)
 
 
 async def _until_disconnect(receive: Receive) -> None:
     """Return when the client has left; the body must have been read."""
     while (await receive())["type"] != "http.disconnect":
         continue
+
+
+def _read(ask: Ask, max_pixels: int) -> tuple[Tensor, Tensor]:
+    """The request's image and mask, whose files are closed."""
+    try:
+        image = read_image(ask.image.file.read(), max_pixels=max_pixels)
+        size = (image.shape[-2], image.shape[-1])
+        return image, read_mask(ask.mask.file.read(), size, max_pixels=max_pixels)
+    finally:
+        ask.image.file.close()
+        ask.mask.file.close()
 
 
 def _text(file: bytes) -> str:

@@ -17,7 +17,7 @@ from starlette.requests import Request
 from realfill.errors import RealFillError
 from registry.errors import RegistryError
 from service.catalogue import Catalogue, add_routes, binary
-from service.completions import WORKERS, Completions
+from service.completions import WORKERS, Completions, most_in_flight
 from service.errors import EngineClosed, InvalidQuery, QueueFull, ServiceError
 from service.forms import refusal
 from service.metrics import Metrics
@@ -125,13 +125,14 @@ def create_app(road: Road, settings: Settings) -> FastAPI:
         settings: Limits and defaults.
     """
     metrics = Metrics()
-    pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="realfill-work")
+    work = ThreadPoolExecutor(WORKERS, thread_name_prefix="realfill-work")
+    waiting = ThreadPoolExecutor(most_in_flight(settings), thread_name_prefix="realfill-wait")
     metrics.watch("realfill_lane_jobs", "Jobs that wait or run.", lambda: road.engine.pending)
     metrics.watch(
         "realfill_registry_stale", "Requests served while it was away.", lambda: road.resolver.stale
     )
     metrics.watch_engine(road.engine.metrics, road.capsules.metrics)
-    completions = Completions(road, settings, metrics, pool)
+    completions = Completions(road, settings, metrics, work, waiting)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -140,7 +141,8 @@ def create_app(road: Road, settings: Settings) -> FastAPI:
             yield
         finally:
             road.close()
-            pool.shutdown(wait=False, cancel_futures=True)
+            for pool in (work, waiting):
+                pool.shutdown(wait=False, cancel_futures=True)
 
     app = FastAPI(
         title="Realfill Serve",
@@ -149,7 +151,7 @@ def create_app(road: Road, settings: Settings) -> FastAPI:
         redoc_url=None,
         lifespan=lifespan,
     )
-    app.include_router(_router(Probes(road, metrics), Catalogue(road, pool), completions))
+    app.include_router(_router(Probes(road, metrics), Catalogue(road, waiting), completions))
     for kind in (RealFillError, RegistryError, ServiceError):
         app.add_exception_handler(kind, _on_error)
     app.add_exception_handler(RequestValidationError, _on_validation)

@@ -16,7 +16,7 @@ log = logging.getLogger("service.resolver")
 # References that are remembered; older ones are asked for again.
 REMEMBERED = 10_000
 # Calls that may wait for the registry at once.
-CALLS = 4
+CALLS = 16
 
 
 class Resolver:
