@@ -244,6 +244,8 @@ class Road:
         data = self.registry.fetch(f"sha256:{version.digest}")
         self._guard.check(self.registry, version, data)
         capsule = self.check(data)
+        if self.base.device.type == "cuda":
+            capsule = replace(capsule, adapter=capsule.adapter.page_locked())
         return Loaded(capsule, self.prepare(capsule))
 
     def check(self, encoded: bytes) -> Capsule:

@@ -254,3 +254,18 @@ def test_features_that_the_capsule_keeps_are_not_made_again(base: Base, tmp_path
     assert from_capsule.sizes == anew.sizes == ((32, 48), (32, 48))
     assert road_of(base, tmp_path / "other", matcher=other).prepare(kept) is not None
     assert made == [1, 1]
+
+
+@pytest.mark.gpu
+def test_adapters_wait_for_a_cuda_device_in_page_locked_memory(
+    tower: bytes, tmp_path: Path
+) -> None:
+    """All factors, with the values that the registry has."""
+    base = tiny_base()
+    base.unet.to("cuda")
+    road = road_of(base, tmp_path)
+    version = road.registry.publish(tower)
+    held = road.capsules.get(version).capsule.adapter
+    assert all(factor.is_pinned() for factors in held.factors.values() for factor in factors)
+    written = read_capsule(tower, base).adapter
+    assert all(torch.equal(held.factors[path][1], b) for path, (_, b) in written.factors.items())
