@@ -26,7 +26,7 @@ from benchmarks.engine.mixing import (
     paper_like,
 )
 from benchmarks.engine.peers import measure_hotswap, measure_infer, measure_mixed
-from benchmarks.engine.rates import compare, job_of, sample_steps_per_s
+from benchmarks.engine.rates import compare, compare_compiled, job_of, sample_steps_per_s
 from benchmarks.engine.service import PEER as ENGINE
 from benchmarks.engine.service import measure_overhead
 from benchmarks.engine.swaps import measure_swaps
@@ -139,6 +139,18 @@ def bench_diffusers(bench: Bench) -> list[Row]:
         for percent in (20, 50, 80)
     ]
     return rows
+
+
+def bench_compiled(bench: Bench) -> list[Row]:
+    """One job against diffusers with a compiled U-Net, and what compiling takes."""
+    found = compare_compiled(
+        bench.base, samples=bench.samples, steps=bench.steps, repeats=bench.repeats
+    )
+    of = found.comparison
+    return [
+        bench.keep("engine.ratio_compiled", of.ratio, "x", peer=of.peer, ratio=of.ratio),
+        bench.keep("engine.compile_s", found.compile_s, "s", better="lower"),
+    ]
 
 
 def bench_mixed(bench: Bench) -> list[Row]:
@@ -302,6 +314,7 @@ PARTS: dict[str, Callable[[Bench], list[Row]]] = {
     "diffusers": bench_diffusers,
     "infer": bench_infer,
     "service": bench_service,
+    "compiled": bench_compiled,
 }
 
 

@@ -16,8 +16,10 @@ from diffusers import (
     StableDiffusionInpaintPipeline,
 )
 from torch import Tensor
+from torch._inductor import config as inductor
+from torch._inductor.exc import InductorError
 
-from benchmarks.engine.timing import quantile, repeated
+from benchmarks.engine.timing import quantile, repeated, seconds_of
 from realfill.base import PROMPT, Base
 from realfill.complete.samplers import noise_for
 from realfill.masks import latent_mask
@@ -28,6 +30,7 @@ PIPELINE = "diffusers StableDiffusionInpaintPipeline, all seeds in one batch"
 Scheduler: TypeAlias = DPMSolverMultistepScheduler | DDPMScheduler
 LOOP = "the same loop with diffusers' DPMSolverMultistepScheduler, one image at a time"
 BATCHED_LOOP = "the same loop with diffusers' DPMSolverMultistepScheduler, one batch"
+COMPILED = "the same loop in one batch, its U-Net by torch.compile"
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,49 @@ def compare(base: Base, *, samples: int, steps: int, repeats: int) -> list[Compa
             peer_s[peer] += repeated(work, 1, base.device, warm_up=warm_up)
     runner.release()
     return [Comparison(peer, ours_s, seconds) for peer, seconds in peer_s.items()]
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """The same job by the engine and by diffusers' loop with a compiled U-Net.
+
+    Attributes:
+        compile_s: What its first run took.
+    """
+
+    comparison: Comparison
+    compile_s: float
+
+
+def compare_compiled(base: Base, *, samples: int, steps: int, repeats: int) -> Compiled:
+    """One job by the engine, and in one batch by diffusers' loop whose U-Net is compiled, in turns.
+
+    On a CPU its weights are frozen into the code, which is fastest there and takes one scene alone.
+
+    Raises:
+        RuntimeError: There is no compiler to make code with.
+    """
+    plain = dataclasses.replace(base, unet=torch.compile(copy.deepcopy(base.unet)))
+    runner = Runner(base, max_samples=samples)
+    job = job_of(base, samples=samples, steps=steps)
+    ours_s: list[float] = []
+    peer_s: list[float] = []
+    with inductor.patch(freezing=base.device.type == "cpu"):
+        try:
+            compile_s = seconds_of(lambda: loop(plain, job, batch=samples), base.device)
+        except InductorError as error:
+            raise RuntimeError(
+                "torch.compile found no compiler: install g++, or leave the part 'compiled' out."
+            ) from error
+        for turn in range(repeats):
+            warm_up = int(turn == 0)
+            ours_s += repeated(lambda: runner.run(job), 1, base.device, warm_up=warm_up)
+            peer_s += repeated(
+                lambda: loop(plain, job, batch=samples), 1, base.device, warm_up=warm_up
+            )
+    runner.release()
+    torch.compiler.reset()
+    return Compiled(Comparison(COMPILED, ours_s, peer_s), compile_s)
 
 
 def fits_pipeline(base: Base) -> bool:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +13,7 @@ from click.testing import CliRunner
 
 from benchmarks.engine.__main__ import main
 from benchmarks.engine.adapters import random_adapter, random_capsule
-from benchmarks.engine.rates import compare, fits_pipeline, job_of, loop, pipeline
+from benchmarks.engine.rates import compare, compare_compiled, fits_pipeline, job_of, loop, pipeline
 from benchmarks.engine.swaps import measure_swaps
 from benchmarks.engine.timing import quantile, repeated
 from benchmarks.record import read_rows
@@ -110,6 +113,19 @@ def test_the_command_records_its_rows(tmp_path: Path) -> None:
         "swap.bring_p50_ms",
         "swap.merge_p50_ms",
     } <= set(rows)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
+def test_the_compiled_loop_samples_what_the_plain_one_samples() -> None:
+    """The peer is a fair one: it draws the same pictures, and compiling is timed apart."""
+    base = tiny_base()
+    job = job_of(base, samples=2, steps=2)
+    compiled = replace(base, unet=torch.compile(copy.deepcopy(base.unet)))
+    assert torch.allclose(loop(compiled, job, batch=2), loop(base, job, batch=2), atol=1e-3)
+    found = compare_compiled(base, samples=2, steps=1, repeats=2)
+    assert found.compile_s > max(found.comparison.peer_s)
+    assert len(found.comparison.ours_s) == 2
 
 
 @pytest.mark.slow
