@@ -116,6 +116,8 @@ def test_the_command_records_its_rows(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@NUMPY
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
 def test_the_compiled_loop_samples_what_the_plain_one_samples() -> None:
     """The peer is a fair one: it draws the same pictures, and compiling is timed apart."""
