@@ -26,7 +26,11 @@ from realfill.errors import RealFillError
 from realfill.nano.demo import demo_scenes
 from realfill.nano.difficulties import synthetic_scenes
 from realfill.rank import Matcher, loftr, prepare_references, rank_candidates
+from realfill.rank.consistency import consistent
 from realfill.scene import Scene, load_scene
+
+# Of the reference's long side: how far a correspondence may lie from where the homography puts it.
+WITHIN_SHARE = 1 / 32
 
 
 @dataclass(frozen=True)
@@ -105,31 +109,46 @@ def share_a_photograph(first: Sequence[Tensor], second: Sequence[Tensor]) -> boo
     return any(torch.equal(a, b) for a in first for b in second)
 
 
-def matches_of(matcher: Matcher, photos: Sequence[Tensor]) -> Tensor:
-    """Correspondences of every ordered pair of photographs, all over. [P, P]"""
+def matches_of(matcher: Matcher, photos: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Correspondences of every ordered pair of photographs, all over. [P, P] twice
+
+    Returns:
+        All of them, and those that agree on one homography.
+    """
     prepared = prepare_references(matcher, photos)
-    rows = []
+    every, agreeing = [], []
     for photo in track(photos, description="match", console=Console(stderr=True)):
         everywhere = torch.ones(photo.shape[-2:])
-        rows.append(
-            rank_candidates(matcher, photo[None], everywhere, prepared).per_reference[0].cpu()
+        ranking = rank_candidates(matcher, photo[None], everywhere, prepared)
+        every.append(ranking.per_reference[0].cpu())
+        agreeing.append(
+            [
+                int(consistent(found, within_px=WITHIN_SHARE * max(other.shape[-2:])).sum())
+                for found, other in zip(ranking.correspondences, photos, strict=True)
+            ]
         )
-    return torch.stack(rows)
+    return torch.stack(every), torch.tensor(agreeing)
 
 
-def confusion_of(matcher: Matcher, sites: Sequence[Site]) -> Confusion:
+def confusions_of(matcher: Matcher, sites: Sequence[Site]) -> tuple[Confusion, Confusion]:
     """Match all photographs of all places; a photograph is never matched with itself.
+
+    Returns:
+        By all correspondences, and by those that agree on one homography.
 
     Raises:
         ValueError: There is but one place, or one has no two photographs.
     """
-    photos = [site.photos for site in sites]
-    if len(sites) < 2 or min(map(len, photos)) < 2:
+    if len(sites) < 2 or min(len(site.photos) for site in sites) < 2:
         raise ValueError(
             "A confusion table needs two places, and two photographs of each: give --synthetic 6."
         )
-    matches = matches_of(matcher, [photo for group in photos for photo in group])
-    owner = torch.tensor([k for k, group in enumerate(photos) for _ in group])
+    every, agreeing = matches_of(matcher, [photo for site in sites for photo in site.photos])
+    return _confusion(every, sites), _confusion(agreeing, sites)
+
+
+def _confusion(matches: Tensor, sites: Sequence[Site]) -> Confusion:
+    owner = torch.tensor([k for k, site in enumerate(sites) for _ in site.photos])
     other = ~torch.eye(len(owner), dtype=torch.bool)
     numbers = range(len(sites))
 
@@ -167,14 +186,15 @@ def markdown(found: Confusion) -> str:
     return markdown_table(head, rows)
 
 
-def record_rows(found: Confusion, *, device: str, path: Path) -> None:
+def record_rows(found: Confusion, agreeing: Confusion, *, device: str, path: Path) -> None:
     """Keep the share of scenes told apart, and the mean matches of true and of wrong pairs."""
     details: dict[str, Any] = {"device": device, "path": path}
-    right = 1 - len(found.confused_on_average) / len(found.scenes)
-    record("rank.scenes_told_apart", right, "share", target=1.0, **details)
-    true, wrong = found.averages
-    peer: dict[str, Any] = {"peer": "pairs of different scenes", "peer_value": wrong}
-    record("rank.matches_true_pairs", true, "matches", **peer, **details)
+    for suffix, table in (("", found), (".agreeing", agreeing)):
+        right = 1 - len(table.confused_on_average) / len(table.scenes)
+        record(f"rank.scenes_told_apart{suffix}", right, "share", target=1.0, **details)
+        true, wrong = table.averages
+        peer: dict[str, Any] = {"peer": "pairs of different scenes", "peer_value": wrong}
+        record(f"rank.matches_true_pairs{suffix}", true, "matches", **peer, **details)
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -211,35 +231,42 @@ def main(
         python -m benchmarks.quality.confusion --scenes ../shared/scenes
     A cell is the mean number of correspondences of a photograph of its row's scene with one of
     its column's. A scene with a single reference is matched with its true target; scenes that
-    share a photograph count as one.
+    share a photograph count as one. The second table counts only correspondences that one
+    homography explains: what matches by chance seldom moves alike.
     """
     try:
         matcher = loftr(name, device)
         matcher.working_px = working_px or matcher.working_px
-        found = confusion_of(
-            matcher,
-            sites_of(scenes_to_match(folder, demo=demo, synthetic=synthetic)),
-        )
+        sites = sites_of(scenes_to_match(folder, demo=demo, synthetic=synthetic))
+        found, agreeing = confusions_of(matcher, sites)
     except (RealFillError, ValueError) as error:
         raise click.ClickException(str(error)) from error
     # Another size is a trial: rows are of the matcher as it is used.
     if working_px is None:
-        record_rows(found, device=device_name(device), path=rows)
+        record_rows(found, agreeing, device=device_name(device), path=rows)
     if as_json:
-        report = asdict(found) | {
-            "confused": found.confused,
-            "confused_on_average": found.confused_on_average,
-        }
+        report = _report(found) | {"agreeing": _report(agreeing)}
         click.echo(json.dumps(report, indent=2))
         return
-    click.echo(markdown(found))
-    true, wrong = found.averages
-    click.echo(f"True pairs {true:.0f} matches on average, wrong ones {wrong:.0f}.")
-    for label, names in (
-        ("on average", found.confused_on_average),
-        ("in their worst pairs", found.confused),
+    for title, table in (
+        ("All correspondences", found),
+        ("Those that agree on one homography", agreeing),
     ):
-        click.echo(f"Confused {label}: {', '.join(names) or 'none'}")
+        true, wrong = table.averages
+        click.echo(f"{title}: true pairs {true:.0f} on average, wrong ones {wrong:.0f}.\n")
+        click.echo(markdown(table))
+        for label, names in (
+            ("on average", table.confused_on_average),
+            ("in their worst pairs", table.confused),
+        ):
+            click.echo(f"Confused {label}: {', '.join(names) or 'none'}")
+
+
+def _report(found: Confusion) -> dict[str, Any]:
+    return asdict(found) | {
+        "confused": found.confused,
+        "confused_on_average": found.confused_on_average,
+    }
 
 
 if __name__ == "__main__":

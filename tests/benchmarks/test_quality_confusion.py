@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from benchmarks.quality.confusion import (
     Confusion,
-    confusion_of,
+    confusions_of,
     main,
     markdown,
     sites_of,
@@ -39,9 +39,12 @@ def test_what_is_confused_by_hand() -> None:
 def test_the_embedded_matcher_tells_synthetic_scenes_apart() -> None:
     """True pairs have more matches than every wrong pairing, pair by pair."""
     scenes = [synthetic_scene("plain", seed=k, references=2) for k in range(3)]
-    found = confusion_of(loftr("nano"), sites_of(scenes))
-    assert found.confused == ()
+    found, agreeing = confusions_of(loftr("nano"), sites_of(scenes))
+    assert found.confused == agreeing.confused == ()
     assert min(found.least_true) > 2 * max(found.most_wrong)
+    # Chance matches do not move alike: fewer of the wrong ones are left than of the true ones.
+    lost = [1 - b / a for a, b in zip(found.averages, agreeing.averages, strict=True)]
+    assert lost[0] < 0.5 < lost[1]
 
 
 def test_a_single_reference_is_matched_with_the_truth() -> None:
@@ -51,9 +54,9 @@ def test_a_single_reference_is_matched_with_the_truth() -> None:
     assert torch.equal(sites_of([lone])[0].photos[1], lone.truth)
     assert len(sites_of([synthetic_scene("plain", seed=0, references=3)])[0].photos) == 3
     with pytest.raises(ValueError, match="two photographs of each"):
-        confusion_of(LightMatcher(), sites_of([synthetic_scene("plain", seed=1), _bare(lone)]))
+        confusions_of(LightMatcher(), sites_of([synthetic_scene("plain", seed=1), _bare(lone)]))
     with pytest.raises(ValueError, match="needs two places"):
-        confusion_of(LightMatcher(), sites_of([lone]))
+        confusions_of(LightMatcher(), sites_of([lone]))
 
 
 def test_scenes_that_share_a_photograph_are_one_place() -> None:
@@ -71,18 +74,17 @@ def _bare(scene: Scene) -> Scene:
 
 @pytest.mark.weights
 def test_the_command_prints_and_records(tmp_path: Path) -> None:
-    """JSON with the means, and two rows."""
+    """JSON with the means of both tables, and two rows of each."""
     rows = tmp_path / "rows.jsonl"
     run = CliRunner().invoke(main, ["--no-demo", "--synthetic", "2", "--json", "--rows", str(rows)])
     assert run.exit_code == 0, run.output
     report = json.loads(run.stdout)
     assert report["scenes"] == ["plain_0", "viewpoint_1"]
     assert len(report["means"]) == 2
-    assert {row.name for row in read_rows(rows)} == {
-        "rank.scenes_told_apart",
-        "rank.matches_true_pairs",
-    }
+    assert report["agreeing"]["means"][0][0] <= report["means"][0][0]
+    names = ("rank.scenes_told_apart", "rank.matches_true_pairs")
+    assert {row.name for row in read_rows(rows)} == {*names, *(f"{n}.agreeing" for n in names)}
     arguments = ["--no-demo", "--synthetic", "2", "--json", "--rows", str(rows)]
     smaller = CliRunner().invoke(main, [*arguments, "--working-px", "128"])
     assert json.loads(smaller.stdout)["means"][0][0] < report["means"][0][0] / 2
-    assert len(read_rows(rows)) == 2
+    assert len(read_rows(rows)) == 4
