@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import base64
 import io
-import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,6 @@ from fastapi.testclient import TestClient
 from PIL import Image
 
 from realfill.base import Base
-from service.completions import WORKERS
 from service.engine import Engine
 from service.http import create_app
 from service.road import Lane
@@ -355,41 +352,6 @@ def test_completions_in_flight_are_bounded(serve: Serve) -> None:
 
     anyio.run(flood)
     assert sorted(statuses) == [429, 429] + [504] * 6
-
-
-def test_scenes_that_are_slow_to_come_hold_up_nobody_else(
-    base: Base, capsule: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With more of them on their way than there are threads that compute, another is answered."""
-    road, go = road_of(base, tmp_path), threading.Event()
-    registry = road.registry
-    registry.publish(capsule)
-    slow = {
-        registry.publish(tiny_capsule(base, f"slow-{k}", seed=k)).digest for k in range(WORKERS + 2)
-    }
-    fetch, asked = registry.fetch, threading.Semaphore(0)
-
-    def fetch_slowly(reference: str) -> bytes:
-        if reference.removeprefix("sha256:") in slow:
-            asked.release()
-            assert go.wait(30)
-        return bytes(fetch(reference))
-
-    monkeypatch.setattr(registry, "fetch", fetch_slowly)
-    app = create_app(road, Settings(seamless=False, request_timeout_s=30))
-    with TestClient(app) as client, ThreadPoolExecutor(len(slow)) as callers:
-        late = [
-            callers.submit(client.post, f"/v1/scenes/slow-{k}/complete", files=_files())
-            for k in range(len(slow))
-        ]
-        try:
-            for _ in slow:
-                assert asked.acquire(timeout=20)
-            assert client.post(PATH, files=_files()).status_code == 200
-            assert not any(answer.done() for answer in late)
-        finally:
-            go.set()
-        assert [answer.result(30).status_code for answer in late] == [200] * len(slow)
 
 
 def test_an_answer_says_whether_the_references_support_it(serve: Serve) -> None:
