@@ -62,8 +62,8 @@ class Settings(BaseSettings):
     split_from: int | None = Field(
         None,
         ge=1,
-        description="Samples of one scene from which they run in a call of their own; else 4 on a "
-        "CPU, from where both ways take the same within 3 %, and 8 on a GPU, an estimate.",
+        description="Samples of one scene from which they run in a call of their own; else 8, "
+        "measured on a CPU and an estimate for a GPU.",
     )
     arena_bytes: int | None = Field(
         None, ge=1, description="Adapters ready on the device; else 1 GiB on a CPU, 4 on a GPU."

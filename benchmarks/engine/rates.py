@@ -118,7 +118,7 @@ def compare_compiled(base: Base, *, samples: int, steps: int, repeats: int) -> C
     On a CPU its weights are frozen into the code, which is fastest there and takes one scene alone.
 
     Raises:
-        RuntimeError: There is no compiler to make code with.
+        RuntimeError: It cannot be compiled here, as a rule for want of a compiler.
     """
     plain = dataclasses.replace(base, unet=torch.compile(copy.deepcopy(base.unet)))
     runner = Runner(base, max_samples=samples)
@@ -130,7 +130,8 @@ def compare_compiled(base: Base, *, samples: int, steps: int, repeats: int) -> C
             compile_s = seconds_of(lambda: loop(plain, job, batch=samples), base.device)
         except InductorError as error:
             raise RuntimeError(
-                "torch.compile found no compiler: install g++, or leave the part 'compiled' out."
+                f"torch.compile failed ({error.__cause__ or type(error).__name__}): install g++ if "
+                "there is none, or leave the part 'compiled' out."
             ) from error
         for turn in range(repeats):
             warm_up = int(turn == 0)

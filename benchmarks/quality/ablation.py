@@ -55,7 +55,7 @@ VARIANTS = (
 # Of the default's own candidates: what ranking keeps of them, looking everywhere or at a part.
 RANKINGS = (
     Variant("top 25 %, ranked as the service does: everywhere", ranked_by=OFFICIAL),
-    Variant("top 25 %, ranked in hole and rim", ranked_by="rim"),
+    Variant("top 25 %, ranked in hole and rim", ranked_by="rim confidence"),
     Variant("top 25 %, ranked in the hole", ranked_by="count"),
 )
 
