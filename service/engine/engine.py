@@ -12,12 +12,13 @@ import torch
 
 from realfill.base import Base
 from realfill.errors import RealFillError
+from service.engine.attention import Attention
 from service.engine.board import Board, ended_by, tell_cancelled
 from service.engine.cost import CostModel
 from service.engine.job import Job, Sampled
 from service.engine.lane import RUNNING_BATCHES, Lane
 from service.engine.metrics import EngineMetrics
-from service.engine.runner import Application, Attention, Runner
+from service.engine.runner import Application, Runner
 from service.engine.task import Task
 from service.errors import DeadlineExceeded, EngineClosed, QueueFull
 

@@ -14,20 +14,35 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+from diffusers.models.attention import FeedForward
 from torch import Tensor, nn
 
 from kernels.merge_lora import merge_lora_
 from realfill.base import target_layers
 from realfill.capsule import Adapter
 from service.engine.arena import Tier, TierMetrics
-from service.engine.layers import Exact, Installed, PartedLayer, Parting, install_exact
+from service.engine.layers import (
+    Exact,
+    Installed,
+    PartedLayer,
+    Parting,
+    Parts,
+    PiecewiseBlock,
+    install_exact,
+)
 from service.engine.staging import StagedAdapter, as_matrix, stage
 from service.engine.weights import Part, SpoiltWeights, divided
 
 logger = logging.getLogger(__name__)
+
+# Samples that pass through a feed-forward block at once: with nano on two CPU cores, a step of
+# sixteen took 141 ms with all in one, 131, 127 and 120 ms with one, two and four at a time.
+FED_AT_ONCE = 4
 
 
 @dataclass(eq=False)
@@ -95,6 +110,10 @@ class FusedWeights:
         installed = install_exact(unet, modules)
         for place, (module, exact) in enumerate(zip(modules, self._exact, strict=True)):
             installed.install(module, PartedLayer(exact, self._parting, place))
+        for block in unet.modules():
+            if isinstance(block, FeedForward):
+                own = partial(FeedForward.forward, block)
+                installed.install(block, PiecewiseBlock(own, self._parting, FED_AT_ONCE))
         return installed
 
     @property
@@ -126,7 +145,7 @@ class FusedWeights:
     def settle(self) -> None:
         """Let go of sets that left the tier while the layers still named them."""
         if any(digest is not None and digest not in self._tier for digest in self._composed):
-            self._compose((), (), ())
+            self._compose(Parts(), ())
 
     def traces(self) -> set[str]:
         """Digests in the tier, and of what the layers name."""
@@ -158,19 +177,23 @@ class FusedWeights:
             ends.append(end)
         ends[-1] = room or end
         weights = tuple(None if kept is None else kept.weights for kept in sets)
-        named = self._parting.weights
+        named = self._parting.parts.weights
         self.writes += len(weights) != len(named) or any(
             one is not other for one, other in zip(weights, named, strict=True)
         )
-        self._compose(tuple(ends), weights, tuple(part.digest for part in parts))
+        self._compose(Parts(tuple(ends), weights), tuple(part.digest for part in parts))
 
-    def _compose(
-        self,
-        ends: tuple[int, ...],
-        weights: tuple[Sequence[Tensor] | None, ...],
-        digests: tuple[str | None, ...],
-    ) -> None:
-        self._parting.ends, self._parting.weights, self._composed = ends, weights, digests
+    def share(self, start: int, stop: int) -> AbstractContextManager[None]:
+        """Another thread that enters this computes some of the samples of the batch as composed.
+
+        Args:
+            start: The first of its samples, by their places in the batch.
+            stop: Where they end.
+        """
+        return self._parting.by(self._parting.parts.between(start, stop))
+
+    def _compose(self, parts: Parts, digests: tuple[str | None, ...]) -> None:
+        self._parting.parts, self._composed = parts, digests
 
     def tiers(self) -> Mapping[str, TierMetrics]:
         """The sets, under "device": they are what is computed with."""
@@ -178,7 +201,7 @@ class FusedWeights:
 
     def release(self) -> None:
         """Give every layer its own way back, and drop all sets."""
-        self._compose((), (), ())
+        self._compose(Parts(), ())
         self._installed.release()
         self._tier.clear()
 
@@ -232,7 +255,7 @@ class FusedWeights:
             self._marks = self._read_marks()
         elif not spoilt:
             return
-        self._compose((), (), ())
+        self._compose(Parts(), ())
         logger.error("weights of the U-Net were written by something other than the engine")
         for kept in spoilt:
             self._tier.expel(kept.digest)

@@ -11,8 +11,11 @@ MKL that PyTorch takes for linear layers (docs/engine.md).
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -32,14 +35,17 @@ class Exact:
 
     def __init__(self, module: nn.Linear | nn.Conv2d) -> None:
         self.module = module
-        self._convolves = isinstance(module, nn.Conv2d)
+        self._of_pictures = isinstance(module, nn.Conv2d)
+        # A convolution of single pixels is a linear layer of them. As a convolution its packed
+        # weight may be in another form than the library wants, which then converts it every time.
+        self._convolves = isinstance(module, nn.Conv2d) and not _takes_single_pixels(module)
         self._packed: Tensor | None = None
         self._of: tuple[int, int] = (0, 0)
         self._size: tuple[int, ...] | None = None
         # What PyTorch's compiler makes of such layers; the stubs of torch do not know them.
         self._op: Any = torch.ops.mkldnn._linear_pointwise.default
         geometry: tuple[Any, ...] = ()
-        if isinstance(module, nn.Conv2d):
+        if isinstance(module, nn.Conv2d) and self._convolves:
             self._op = torch.ops.mkldnn._convolution_pointwise.default
             geometry = (module.padding, module.stride, module.dilation, module.groups)
         self._settings = (module.bias, *geometry, "none", [], "")
@@ -54,10 +60,11 @@ class Exact:
             weight: In the module's own shape, or as a matrix. [out, in * kh * kw]
         """
         module = self.module
-        shaped = weight.detach().view(module.weight.shape)
-        if isinstance(module, nn.Linear):
-            linear: Tensor = torch.ops.mkldnn._reorder_linear_weight(shaped, FEWEST_ROWS)
+        if isinstance(module, nn.Linear) or not self._convolves:
+            matrix = weight.detach().view(len(module.weight), -1)
+            linear: Tensor = torch.ops.mkldnn._reorder_linear_weight(matrix, FEWEST_ROWS)
             return linear
+        shaped = weight.detach().view(module.weight.shape)
         # The stubs know neither the sizes nor that the last argument may be given.
         pack: Any = torch._C._nn.mkldnn_reorder_conv2d_weight
         geometry = (module.padding, module.stride, module.dilation, module.groups)
@@ -66,9 +73,31 @@ class Exact:
 
     def compute(self, x: Tensor, weight: Tensor) -> Tensor:
         """The layer's outcome with a prepared weight."""
+        return self.compute_parts(x, [len(x)], [weight])
+
+    def compute_parts(self, x: Tensor, sizes: list[int], weights: Sequence[Tensor]) -> Tensor:
+        """The layer's outcome where parts of the batch have weights of their own.
+
+        Args:
+            x: [N, ...]
+            sizes: Of the parts; their sum is N.
+            weights: Prepared, one for each part.
+        """
+        if self._of_pictures:
+            x = x.permute(0, 2, 3, 1).contiguous()
+        parts = [
+            self._compute_part(part, weight)
+            for part, weight in zip(x.split(sizes), weights, strict=True)
+        ]
+        outcome = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return outcome.permute(0, 3, 1, 2) if self._of_pictures else outcome
+
+    def _compute_part(self, x: Tensor, weight: Tensor) -> Tensor:
+        """One part; of pictures with channels last. [N, h, w, C] or [N, ..., C]"""
         if self._convolves:
-            x = x.contiguous(memory_format=torch.channels_last)
-        elif x.numel() < FEWEST_ROWS * x.shape[-1]:
+            convolved: Tensor = self._op(x.permute(0, 3, 1, 2), weight, *self._settings)
+            return convolved.permute(0, 2, 3, 1)
+        if x.numel() < FEWEST_ROWS * x.shape[-1]:
             rows = x.reshape(-1, x.shape[-1])
             blank = rows.new_zeros(FEWEST_ROWS - len(rows), rows.shape[1])
             filled: Tensor = self._op(torch.cat([rows, blank]), weight, *self._settings)
@@ -91,17 +120,70 @@ class Exact:
         return self._packed
 
 
-@dataclass
-class Parting:
-    """Which samples of the batch use which weights; shared by all layers of a network.
+def _takes_single_pixels(module: nn.Conv2d) -> bool:
+    """Whether a convolution mixes the channels of every pixel by itself."""
+    return (module.kernel_size, module.stride, module.padding, module.groups) == (
+        (1, 1), (1, 1), (0, 0), 1,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Which consecutive samples of a batch use which weights.
 
     Attributes:
-        ends: Where each part of the batch ends.
+        ends: Where each part ends; of no matter where there is but one.
         weights: For each part, the prepared weight of every layer, or None for the layer's own.
     """
 
     ends: tuple[int, ...] = ()
-    weights: tuple[Sequence[Tensor] | None, ...] = ()
+    weights: tuple[Sequence[Tensor] | None, ...] = (None,)
+
+    def sizes(self, count: int) -> list[int]:
+        """Samples of each part, in a batch of so many."""
+        return [count] if len(self.weights) == 1 else self._sizes
+
+    @cached_property
+    def _sizes(self) -> list[int]:
+        """Asked for by every layer in every step."""
+        return [end - start for start, end in itertools.pairwise((0, *self.ends))]
+
+    def between(self, start: int, stop: int) -> Parts:
+        """The parts, or what is left of them, of the samples from one place to another."""
+        if len(self.weights) == 1:
+            return self
+        kept = [
+            (min(end, stop) - start, weights)
+            for (begin, end), weights in zip(
+                itertools.pairwise((0, *self.ends)), self.weights, strict=True
+            )
+            if begin < stop and end > start
+        ]
+        return Parts(tuple(end for end, _ in kept), tuple(weights for _, weights in kept))
+
+    def pieces(self, count: int, most: int) -> Iterator[tuple[int, int, Parts]]:
+        """Pieces of a batch within which there is one set of weights: start, stop, parts."""
+        start = 0
+        for size, weights in zip(self.sizes(count), self.weights, strict=True):
+            stop = start + size
+            for first in range(start, stop, most):
+                yield first, min(first + most, stop), Parts(weights=(weights,))
+            start = stop
+
+
+class Parting(threading.local):
+    """The parts that the layers of a network go by; each thread has its own."""
+
+    parts = Parts()
+
+    @contextmanager
+    def by(self, parts: Parts) -> Iterator[None]:
+        """The calling thread goes by these parts, and then by those of before."""
+        before, self.parts = self.parts, parts
+        try:
+            yield
+        finally:
+            self.parts = before
 
 
 @dataclass
@@ -118,15 +200,34 @@ class PartedLayer:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Each part of the batch with its own weight. [N, ...]"""
-        exact, parting = self.exact, self.parting
-        weights = [
-            exact.own(x) if part is None else part[self.place] for part in parting.weights
-        ] or [exact.own(x)]
-        if len(weights) == 1:
-            return exact.compute(x, weights[0])
-        sizes = [end - start for start, end in itertools.pairwise((0, *parting.ends))]
-        parts = zip(x.split(sizes), weights, strict=True)
-        return torch.cat([exact.compute(part, weight) for part, weight in parts])
+        exact, parts, place = self.exact, self.parting.parts, self.place
+        weights = [exact.own(x) if part is None else part[place] for part in parts.weights]
+        return exact.compute_parts(x, parts.sizes(len(x)), weights)
+
+
+@dataclass
+class PiecewiseBlock:
+    """A block of layers that takes a few samples through all of them before the next few.
+
+    What passes between its layers is then still in the cache when it is read, and is nowhere put
+    together for the whole batch. For blocks that widen their input, such as feed-forward ones.
+
+    Attributes:
+        forward: The block's own way; samples must not depend on each other in it.
+        samples: Most that go through it at once.
+    """
+
+    forward: Callable[..., Tensor]
+    parting: Parting
+    samples: int
+
+    def __call__(self, x: Tensor, *others: object, **options: object) -> Tensor:
+        """The block's outcome. [N, ...]"""
+        outcomes = []
+        for start, stop, parts in self.parting.parts.pieces(len(x), self.samples):
+            with self.parting.by(parts):
+                outcomes.append(self.forward(x[start:stop], *others, **options))
+        return outcomes[0] if len(outcomes) == 1 else torch.cat(outcomes)
 
 
 @dataclass

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import groupby
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -18,7 +18,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from realfill.base import Base
 from realfill.complete.pipeline import conditions
 from realfill.complete.samplers import Sampler, advance, noise_for, sampler
+from service.engine.attention import Attention, choose_attention
 from service.engine.buckets import Buckets
+from service.engine.cores import Crew, crew_for
 from service.engine.fused import FusedWeights
 from service.engine.fusion import install_fusion
 from service.engine.job import Job, Sampled
@@ -28,7 +30,6 @@ from service.engine.segmented import SegmentedWeights
 from service.engine.weights import Part, Weights
 from service.errors import Cancelled
 
-Attention = Literal["auto", "xformers", "sdpa", "cudnn"]
 Application = Literal["auto", "fused", "segmented"]
 
 # Adapters that lie ready on the device, where nobody says otherwise.
@@ -116,6 +117,9 @@ class Runner:
         if static:
             self._fused_norms = install_fusion(base.unet)
             self.buckets = Buckets(base, max_samples, self._attending)
+        self._crew: Crew | None = None
+        if isinstance(self.weights, FusedWeights):
+            self._crew = crew_for(torch.get_num_threads())
         if exact:
             self._show_sizes()
 
@@ -197,6 +201,9 @@ class Runner:
             chosen = [sample for k in batch for sample in groups[k]]
             room = self.buckets.size_for(len(chosen)) if self.buckets else len(chosen)
             self.weights.apply([parts[k] for k in batch], room)
+            if self._crew is not None and _is_for_many(len(chosen), len(batch), self._crew.members):
+                self._advance_by_crew(self._crew, chosen)
+                continue
             size = len(chosen) if len(batch) > 1 else self._at_once
             for start in range(0, len(chosen), size):
                 self._advance(chosen[start : start + size])
@@ -207,9 +214,27 @@ class Runner:
             outcome = self.buckets.advance(samples, self.weights.mode)
         else:
             outcome = self._predict(samples)
-        for sample, latents, history in zip(samples, *outcome, strict=True):
-            sample.latents, sample.history = latents, history
-            sample.index += 1
+        _take_in(samples, outcome)
+
+    def _advance_by_crew(self, crew: Crew, samples: Sequence[Sample]) -> None:
+        """A U-Net call by each member of the crew, for its share of the batch as it is composed."""
+        assert isinstance(self.weights, FusedWeights)
+        shares = crew.shares(len(samples))
+        outcomes = crew.work(
+            [
+                partial(self._predict_share, samples[start:stop], self.weights.share(start, stop))
+                for start, stop in shares
+            ]
+        )
+        for (start, stop), outcome in zip(shares, outcomes, strict=True):
+            _take_in(samples[start:stop], outcome)
+
+    @torch.no_grad()
+    def _predict_share(
+        self, samples: Sequence[Sample], share: AbstractContextManager[None]
+    ) -> tuple[Tensor, Tensor]:
+        with share:
+            return self._predict(samples)
 
     def _predict(self, samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
         """One U-Net call and one sampler step. [N, C, h, w] twice, float32"""
@@ -294,6 +319,8 @@ class Runner:
 
     def release(self) -> None:
         """Leave the base as it was before."""
+        if self._crew is not None:
+            self._crew.release()
         self._fused_norms.release()
         self.weights.release()
 
@@ -317,33 +344,21 @@ class Runner:
         return self._samplers[key]
 
 
-def choose_attention(
-    setting: Attention, device_type: str, *, installed: bool
-) -> Literal["xformers", "sdpa", "cudnn"]:
-    """Which attention to run.
+def _is_for_many(samples: int, scenes: int, cores: int) -> bool:
+    """Whether a batch is quicker where every core takes samples of its own.
 
-    Args:
-        setting: auto, xformers, sdpa or cudnn.
-        device_type: Of the base, "cuda" or "cpu".
-        installed: Whether xformers can be imported.
-
-    Raises:
-        ValueError: The setting is unknown, or asks for what cannot run here.
+    Not where one core would have nothing to do meanwhile, or a large part of the time.
     """
-    if setting not in get_args(Attention):
-        raise ValueError(f"attention is {setting!r}; use one of {get_args(Attention)}")
-    if setting == "cudnn" and device_type != "cuda":
-        raise ValueError(f"attention is 'cudnn', but the base is on {device_type}; use 'sdpa'")
-    usable = device_type == "cuda" and installed
-    if setting == "xformers" and not usable:
-        reason = "it is not installed" if device_type == "cuda" else f"the base is on {device_type}"
-        raise ValueError(
-            f"attention is 'xformers', but {reason}; pip install 'realfill-serve[gpu]' on a "
-            "machine with CUDA, or set attention to 'auto' or 'sdpa'"
-        )
-    if setting == "auto":
-        return "xformers" if usable else "sdpa"
-    return setting
+    if scenes > 1:
+        return samples >= cores
+    return samples % cores == 0 or samples >= 4 * cores
+
+
+def _take_in(samples: Sequence[Sample], outcome: tuple[Tensor, Tensor]) -> None:
+    """Every sample is one step further."""
+    for sample, latents, history in zip(samples, *outcome, strict=True):
+        sample.latents, sample.history = latents, history
+        sample.index += 1
 
 
 def _stop_if(cancel: threading.Event) -> None:

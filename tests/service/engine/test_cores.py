@@ -9,9 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from service.engine.cores import all_cores
+from service.engine.cores import MOST_MEMBERS, Crew, all_cores, crew_for
 from service.engine.engine import Engine
-from tests.service.engine.test_lane import WAIT_S, job_for
+from tests.service.engine.test_lane import WAIT_S, Blocker, job_for
+from tests.service.engine.test_sharing import scene
 from tests.tiny import tiny_base
 
 
@@ -25,10 +26,10 @@ def _compute_and_fail() -> None:
         raise RuntimeError(f"{torch.get_num_threads()} cores")
 
 
-@pytest.fixture(autouse=True)
-def two_cores() -> None:
-    """Asked for, since a machine may have but one."""
-    torch.set_num_threads(2)
+# Scenes, their adapters' seeds, and the seeds of their samples: nine in all.
+SCENES = (("a", 1, (1, 2, 3, 4)), ("b", 2, (5,)), ("c", 3, (6, 7, 8, 9)))
+
+pytestmark = pytest.mark.usefixtures("two_cores")
 
 
 def test_threads_that_begin_beside_the_lane_compute_with_one_core() -> None:
@@ -57,3 +58,72 @@ def test_cores_are_given_back_after_a_failure() -> None:
 
     assert _in_new_thread(fail) == 2
     assert _in_new_thread(torch.get_num_threads) == 2
+
+
+def test_a_crew_shares_a_batch_among_threads_of_one_core() -> None:
+    """Every sample is in one share; all tasks have ended when an error is told."""
+    crew = Crew(2)
+    assert torch.get_num_threads() == 2
+    assert _in_new_thread(torch.get_num_threads) == 2
+    assert [crew.shares(count) for count in (1, 2, 5)] == [
+        [(0, 1)],
+        [(0, 1), (1, 2)],
+        [(0, 2), (2, 5)],
+    ]
+    both = threading.Barrier(2)
+    seen = crew.work([lambda: (both.wait(5), torch.get_num_threads())[1]] * 2)
+    assert seen == [1, 1]
+    ended: list[str] = []
+
+    def fail() -> None:
+        raise RuntimeError("out of memory")
+
+    def end() -> None:
+        both.wait(5)
+        ended.append("well")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        crew.work([fail, lambda: both.wait(5) and None, end])
+    assert ended == ["well"]
+    assert crew.work([lambda: 7]) == [7]
+    crew.release()
+
+
+def test_a_crew_is_for_a_few_cores() -> None:
+    """One core has nobody to share with, and many would wait for one interpreter."""
+    assert crew_for(1) is None
+    assert crew_for(MOST_MEMBERS + 1) is None
+    crew = crew_for(2)
+    assert crew is not None
+    assert crew.members == 2
+    crew.release()
+
+
+def test_a_batch_is_shared_and_its_pictures_are_the_same() -> None:
+    """A large batch runs in two threads of the crew; each sample as in the lane's one thread."""
+    base = tiny_base()
+    threads: dict[str, set[int]] = {}
+
+    def note(_: object, args: tuple[torch.Tensor, ...]) -> None:
+        threads.setdefault(threading.current_thread().name, set()).add(len(args[0]))
+
+    def drawn() -> list[torch.Tensor]:
+        with Engine(base) as engine:
+            hook = base.unet.register_forward_pre_hook(note)
+            jobs = [scene(base, name, seed, seeds=seeds) for name, seed, seeds in SCENES]
+            blocker = Blocker(base)
+            blocker.submit(engine)
+            futures = [engine.submit(job) for job in jobs]
+            blocker.release.set()
+            images = [future.result(WAIT_S).samples for future in futures]
+            hook.remove()
+        return images
+
+    shared = drawn()
+    assert {name.rpartition("_")[0] for name in threads if "crew" in name} == {"crew"}
+    threads.clear()
+    torch.set_num_threads(1)
+    alone = drawn()
+    assert set(threads) == {"lane"}
+    for one, other in zip(shared, alone, strict=True):
+        assert torch.equal(one, other)

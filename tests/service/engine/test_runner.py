@@ -13,8 +13,9 @@ from torch import Tensor
 
 from realfill.base import Base
 from realfill.complete.samplers import noise_for
+from service.engine.attention import Attention, choose_attention
 from service.engine.job import Job
-from service.engine.runner import Attention, Runner, choose_attention
+from service.engine.runner import Runner
 from service.errors import Cancelled
 from tests.tiny import tiny_adapter, tiny_base
 
@@ -65,6 +66,7 @@ def test_sample_is_bit_equal_in_every_size_of_batch(base: Base, sampler: str) ->
         assert torch.equal(fewer, sixteen[:count])
 
 
+@pytest.mark.usefixtures("one_core")
 def test_more_seeds_than_a_batch_holds_are_sampled_in_several(base: Base) -> None:
     """Seven seeds at three per call make batches of three, three and one."""
     runner = Runner(base, max_samples=3)
@@ -80,6 +82,7 @@ def test_more_seeds_than_a_batch_holds_are_sampled_in_several(base: Base) -> Non
     assert torch.equal(first, second.flip(0))
 
 
+@pytest.mark.usefixtures("one_core")
 def test_unet_gets_latents_mask_and_masked_image_in_this_order(base: Base) -> None:
     """The input is [C latents | mask | C latents of the image with grey where it is missing]."""
     job = job_for(base, (4, 9))

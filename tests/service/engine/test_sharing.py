@@ -30,6 +30,7 @@ def scene(base: Base, name: str, seed: int, **changes: Any) -> Any:
     return job_for(base, digest=name, adapter=tiny_adapter(base, seed), **changes)
 
 
+@pytest.mark.usefixtures("one_core")
 def test_a_new_job_is_in_the_very_next_batch(base: Base) -> None:
     """While one job stands after its first step of a hundred, another comes and ends before it."""
     with Engine(base) as engine:
@@ -239,6 +240,7 @@ def test_a_batch_that_fails_is_tried_job_by_job(base: Base) -> None:
         assert torch.equal(good.result(WAIT_S).samples, alone.samples)
 
 
+@pytest.mark.usefixtures("one_core")
 def test_a_job_that_the_client_left_frees_the_lane_within_a_step(base: Base) -> None:
     """A hundred samples of five hundred steps are gone before the next job's first step."""
     with Engine(base) as engine:
@@ -285,6 +287,7 @@ def test_a_job_that_waits_past_its_deadline_is_told(base: Base) -> None:
             waiting.result(WAIT_S)
 
 
+@pytest.mark.usefixtures("one_core")
 def test_a_near_deadline_finishes_some_rather_than_all_half_way(base: Base) -> None:
     """On an idle lane too: time for about six of sixteen makes batches of fewer, and an answer."""
     seeds = tuple(range(16))
