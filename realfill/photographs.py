@@ -50,6 +50,9 @@ SRGB_TOLERANCE = 2
 ONE_COLOUR_RANGE = 16 / 255
 LUMINANCE = (0.299, 0.587, 0.114)
 
+# As they were stored: 8-bit numbers, or numbers in [0, 1] where there were more bits.
+Colours = NDArray[np.uint8] | NDArray[np.float32]
+
 
 def decode_image(encoded: bytes, name: str, max_pixels: int) -> Tensor:
     """Decode a photograph to sRGB, upright, over white.
@@ -66,10 +69,24 @@ def decode_image(encoded: bytes, name: str, max_pixels: int) -> Tensor:
         InvalidScene: Not an allowed image, damaged, animated, too large or too small.
     """
     colours, alpha = _decode(encoded, name, max_pixels)
-    if alpha is not None:
-        colours *= alpha
-        colours += 1 - alpha
-    return torch.from_numpy(colours)
+    return torch.from_numpy(_over_white(colours, alpha))
+
+
+def decode_bytes(encoded: bytes, name: str, max_pixels: int) -> Tensor:
+    """Decode a photograph as ``decode_image`` does, to 8 bits.
+
+    Returns:
+        The nearest 8-bit numbers; those of the file, where it holds such. [3, H, W]
+    """
+    colours, alpha = _decode(encoded, name, max_pixels)
+    if alpha is None and colours.dtype == np.uint8:
+        return torch.from_numpy(np.ascontiguousarray(colours))
+    return to_bytes(torch.from_numpy(_over_white(colours, alpha)))
+
+
+def to_bytes(pixels: Tensor) -> Tensor:
+    """Pixels in [0, 1] as 8-bit numbers, to the nearest; exact for images of 8 bits. [3, H, W]"""
+    return (pixels * 255).round_().clamp_(0, 255).to(torch.uint8)
 
 
 def decode_mask(encoded: bytes, name: str, max_pixels: int) -> Tensor:
@@ -89,6 +106,11 @@ def decode_mask(encoded: bytes, name: str, max_pixels: int) -> Tensor:
         InvalidScene: As for `decode_image`.
     """
     colours, alpha = _decode(encoded, name, max_pixels)
+    if alpha is None and colours.dtype == np.uint8:
+        weights = [round(1000 * share) for share in LUMINANCE]
+        parts = [weight * of.astype(np.int32) for weight, of in zip(weights, colours, strict=True)]
+        return torch.from_numpy((sum(parts) >= 1000 * 255 / 2).astype(np.float32))
+    colours = _unit_range(colours)
     luminance = np.tensordot(LUMINANCE, colours, axes=1)  # [H, W]
     if alpha is not None and alpha.min() < 1:
         visible = colours[:, alpha >= 0.5]
@@ -101,8 +123,8 @@ def decode_mask(encoded: bytes, name: str, max_pixels: int) -> Tensor:
 
 def _decode(
     encoded: bytes, name: str, max_pixels: int
-) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
-    """Colours [3, H, W] and, where the image has transparency, alpha [H, W], in [0, 1]."""
+) -> tuple[Colours, NDArray[np.float32] | None]:
+    """Colours [3, H, W] and, where the image has transparency, alpha [H, W] in [0, 1]."""
     image = _open(encoded, name, max_pixels)
     try:
         image.load()
@@ -163,9 +185,7 @@ def _unidentified(encoded: bytes, name: str) -> str:
     return f"{name} is no image, or its beginning is damaged: give a PNG, JPEG, WebP or TIFF file."
 
 
-def _pixels(
-    image: Image.Image, name: str
-) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
+def _pixels(image: Image.Image, name: str) -> tuple[Colours, NDArray[np.float32] | None]:
     """Colours and alpha of a decoded image of any mode, as for `_decode`."""
     if image.mode == "F":
         raise InvalidScene(f"{name} holds floating-point samples: save it with 8 or 16 bits.")
@@ -183,13 +203,23 @@ def _pixels(
         image = _keeping_profile(image, "RGB")
     elif image.mode in ("1", "P", "PA", "LA", "La", "RGBa", "RGBX"):
         image = _keeping_profile(image, "RGB")
-    return _unit_range(np.asarray(_to_srgb(image)).transpose(2, 0, 1)), alpha
+    return np.asarray(_to_srgb(image)).transpose(2, 0, 1), alpha
 
 
-def _unit_range(samples: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Bytes as numbers in [0, 1], contiguous in the order of the axes."""
-    scaled = samples.astype(np.float32, order="C")
-    scaled /= 255
+def _unit_range(colours: Colours) -> NDArray[np.float32]:
+    """Bytes as numbers in [0, 1], contiguous in the order of the axes; what is in it stays."""
+    scaled = colours.astype(np.float32, order="C")
+    if colours.dtype == np.uint8:
+        scaled /= 255
+    return scaled
+
+
+def _over_white(colours: Colours, alpha: NDArray[np.float32] | None) -> NDArray[np.float32]:
+    """Colours in [0, 1] as they look on white paper. [3, H, W]"""
+    scaled = _unit_range(colours)
+    if alpha is not None:
+        scaled *= alpha
+        scaled += 1 - alpha
     return scaled
 
 

@@ -15,7 +15,7 @@ from typing import BinaryIO
 from torch import Tensor
 
 from realfill.errors import InvalidScene
-from realfill.photographs import MAX_PIXELS, decode_image, decode_mask
+from realfill.photographs import MAX_PIXELS, decode_bytes, decode_image, decode_mask
 
 MAX_REFERENCES = 5
 # Files that are taken for photographs; whether their format is allowed, their content decides.
@@ -74,6 +74,18 @@ def load_image(
     """
     encoded, name = _read(source, "The image")
     return decode_image(encoded, label or name, max_pixels)
+
+
+def load_bytes(
+    source: Path | bytes | BinaryIO, *, max_pixels: int = MAX_PIXELS, label: str | None = None
+) -> Tensor:
+    """Read a photograph as ``load_image`` does, to 8 bits: a quarter of the memory.
+
+    Returns:
+        The nearest 8-bit numbers. [3, H, W]
+    """
+    encoded, name = _read(source, "The image")
+    return decode_bytes(encoded, label or name, max_pixels)
 
 
 def load_mask(

@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from realfill.capsule import Capsule
-from realfill.complete.compositing import Window, composite, paste
+from realfill.complete.compositing import Window, composite, patch
+from realfill.photographs import to_bytes
 from realfill.rank import Ranking, Verdict, draw_correspondences, judge
 from registry import Version
 from service.capsules import Loaded
 from service.engine import Job, Sampled
-from service.images import to_bytes, to_pixels
+from service.images import to_pixels
 
 REFERENCES = "references."
 
@@ -113,8 +114,12 @@ class Answer:
         """
         sample = self._samples[self.candidates[place].sample][None]
         pending = self._pending
-        target, mask = to_pixels(pending.image), pending.mask.float()
-        return to_bytes(paste(sample, pending.window, target, mask, self.plan.feather_px)[0])
+        rows, columns, pixels = patch(
+            sample, pending.window, pending.image, pending.mask, self.plan.feather_px
+        )
+        picture = pending.image.clone()
+        picture[:, rows, columns] = to_bytes(pixels[0])
+        return picture
 
     def evidence(self, place: int) -> Tensor | None:
         """The candidate at a place beside the reference that vouches for it most, 8 bit. [3, H, W]

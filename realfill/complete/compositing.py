@@ -140,7 +140,7 @@ def crop(image: Tensor, window: Window, size_px: int) -> Tensor:
     Beyond the image its border pixels repeat; `crop_mask` calls them missing.
 
     Args:
-        image: Pixels in [0, 1]. [3, H, W]
+        image: Pixels in [0, 1], or 8-bit numbers. [3, H, W]
         window: What to cut out.
         size_px: Side of the answer.
 
@@ -150,7 +150,7 @@ def crop(image: Tensor, window: Window, size_px: int) -> Tensor:
     rows, columns = _lines(image, window)
     height, width = image.shape[-2:]
     cut = image[:, rows.clamp(0, height - 1)][:, :, columns.clamp(0, width - 1)]
-    return _shrink(cut.unsqueeze(0), size_px)[0].clamp(0, 1)
+    return _shrink(_pixels(cut).unsqueeze(0), size_px)[0].clamp(0, 1)
 
 
 def crop_mask(mask: Tensor, window: Window, size_px: int) -> Tensor:
@@ -160,7 +160,7 @@ def crop_mask(mask: Tensor, window: Window, size_px: int) -> Tensor:
     the same pixel of `crop`: nothing of the hole's old content leaks into the known region.
 
     Args:
-        mask: 1 where pixels are missing, else 0. [H, W]
+        mask: True, or 1, where pixels are missing. [H, W]
         window: What to cut out.
         size_px: Side of the answer.
 
@@ -172,7 +172,7 @@ def crop_mask(mask: Tensor, window: Window, size_px: int) -> Tensor:
     cut = mask[rows.clamp(0, height - 1)][:, columns.clamp(0, width - 1)].clone()
     cut[(rows < 0) | (rows >= height)] = 1
     cut[:, (columns < 0) | (columns >= width)] = 1
-    return (_shrink(cut[None, None], size_px)[0, 0] > 0).float()
+    return (_shrink(cut[None, None].float(), size_px)[0, 0] > 0).float()
 
 
 def _lines(image: Tensor, window: Window) -> tuple[Tensor, Tensor]:
@@ -211,6 +211,36 @@ def paste(
     Raises:
         InvalidScene: The mask is empty or the window does not cover the hole.
     """
+    rows, columns, pixels = patch(
+        samples, window, target, mask, feather_px, match_colour=match_colour
+    )
+    candidates = target.expand(len(samples), -1, -1, -1).clone()
+    candidates[..., rows, columns] = pixels
+    return candidates
+
+
+def patch(
+    samples: Tensor,
+    window: Window,
+    target: Tensor,
+    mask: Tensor,
+    feather_px: int,
+    *,
+    match_colour: bool = False,
+) -> tuple[slice, slice, Tensor]:
+    """What ``paste`` puts over the target, and where: elsewhere a candidate is the target.
+
+    Args:
+        samples, window, feather_px, match_colour: As for ``paste``.
+        target: Pixels in [0, 1], or 8-bit numbers. [3, H, W]
+        mask: True, or 1, where pixels are missing. [H, W]
+
+    Returns:
+        Rows and columns of the target, and what candidates hold there, in [0, 1]. [N, 3, h, w]
+
+    Raises:
+        InvalidScene: As for ``paste``.
+    """
     if not mask.any():
         raise InvalidScene("The mask is empty, so there is nothing to fill: mark the hole with 1.")
     height, width = mask.shape
@@ -218,18 +248,23 @@ def paste(
     pad = max(feather_px, RING_PX if match_colour else 0)
     top, bottom, room_down = _span(_extent(mask.any(dim=1)), window.top, window.side, height, pad)
     left, right, room_across = _span(_extent(mask.any(dim=0)), window.left, window.side, width, pad)
+    rows, columns = slice(top, bottom), slice(left, right)
     native = _resize_samples(samples, window.side)
     native = native[..., top - window.top : bottom - window.top, :]
     native = native[..., left - window.left : right - window.left]
-    candidates = target.expand(len(samples), -1, -1, -1).clone()
-    candidates[..., top:bottom, left:right] = composite(
+    pixels = composite(
         native,
-        target[:, top:bottom, left:right],
-        mask[top:bottom, left:right],
+        _pixels(target[:, rows, columns]),
+        mask[rows, columns].to(samples.dtype),
         feather_px=min(feather_px, room_down, room_across),
         match_colour=match_colour,
     )
-    return candidates
+    return rows, columns, pixels
+
+
+def _pixels(image: Tensor) -> Tensor:
+    """Pixels in [0, 1] of such, or of 8-bit numbers."""
+    return image.float() / 255 if image.dtype == torch.uint8 else image
 
 
 def _resize_samples(samples: Tensor, side: int) -> Tensor:

@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from scipy.sparse import coo_matrix
-from scipy.sparse.linalg import splu
+from scipy.linalg import solveh_banded
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -66,6 +65,10 @@ def membrane(values: Tensor, known: Tensor) -> Tensor:
     if count == 0:
         return values
     flat = values.detach().double().cpu().numpy().reshape(-1, *unknown.shape)
+    is_wide = unknown.any(0).sum() > unknown.any(1).sum()
+    if is_wide:
+        # Numbered along the hole's shorter side, neighbours have the closest numbers.
+        unknown, flat = unknown.T, flat.transpose(0, 2, 1)
     number = np.full(unknown.shape, -1)
     number[unknown] = np.arange(count)
     diagonal = np.zeros(count)
@@ -75,27 +78,20 @@ def membrane(values: Tensor, known: Tensor) -> Tensor:
         row = number[here][unknown[here]]
         diagonal[row] += 1
         column = number[there][unknown[here]]
-        inner = column >= 0
-        links.append((row[inner], column[inner]))
+        inner, lower = column >= 0, (column >= 0) & (column < row)
+        links.append((row[lower], column[lower]))
         given[row[~inner]] += flat[:, *there][:, unknown[here]][:, ~inner].T
     rows, columns = (np.concatenate(part) for part in zip(*links, strict=True))
-    every = np.arange(count)
-    matrix = coo_matrix(
-        (
-            np.concatenate([diagonal, -np.ones(len(rows))]),
-            (np.concatenate([every, rows]), np.concatenate([every, columns])),
-        ),
-        shape=(count, count),
-    )
-    # Symmetric and positive definite: no pivoting, and an ordering for that halves the time.
-    solver = splu(
-        matrix.tocsc(),
-        permc_spec="MMD_AT_PLUS_A",
-        diag_pivot_thresh=0.0,
-        options={"SymmetricMode": True},
-    )
-    flat[:, unknown] = solver.solve(given).T
-    return torch.from_numpy(flat.reshape(values.shape)).to(values)
+    # Symmetric and positive definite, and within a band that is no wider than the grid's side: for
+    # that, Cholesky in a band takes half the time of a general sparse solver, or less.
+    band = np.zeros((int((rows - columns).max(initial=0)) + 1, count))
+    band[0] = diagonal
+    band[rows - columns, columns] = -1
+    flat[:, unknown] = solveh_banded(
+        band, given, lower=True, overwrite_ab=True, overwrite_b=True, check_finite=False
+    ).T
+    solved = flat.transpose(0, 2, 1) if is_wide else flat
+    return torch.from_numpy(solved.reshape(values.shape)).to(values)
 
 
 def _neighbours(

@@ -14,7 +14,8 @@ import torch
 from PIL import Image, ImageCms
 
 from realfill.errors import InvalidScene
-from realfill.scene import load_image, load_mask
+from realfill.photographs import to_bytes
+from realfill.scene import load_bytes, load_image, load_mask
 
 ORIENTATION = 0x0112
 
@@ -107,6 +108,7 @@ def test_load_image_lays_transparency_over_white() -> None:
     image = _bytes_of(load_image(_encode(picture)))
 
     assert image[0, 0].tolist() == [10, 20, 30]
+    assert np.array_equal(load_bytes(_encode(picture)).permute(1, 2, 0).numpy(), image)
     assert image[0, 12].tolist() == [153, 153, 153]
     assert image[0, 31].tolist() == [255, 255, 255]
 
@@ -117,11 +119,13 @@ def test_load_image_understands_every_mode(mode: str) -> None:
     grey = Image.new("RGB", (32, 16), (255, 255, 255))
     grey.paste((0, 0, 0), (0, 0, 16, 16))
     kind = "TIFF" if mode in ("CMYK", "LAB", "YCbCr") else "PNG"
-    image = load_image(_encode(_lab() if mode == "LAB" else grey.convert(mode), kind))
+    encoded = _encode(_lab() if mode == "LAB" else grey.convert(mode), kind)
+    image = load_image(encoded)
 
     assert image.shape == (3, 16, 32)
     assert image[..., :16].max() < 0.02
     assert image[..., 16:].min() > 0.98
+    assert torch.equal(load_bytes(encoded), to_bytes(image))
 
 
 def _lab() -> Image.Image:
@@ -151,6 +155,8 @@ def test_load_image_keeps_the_precision_of_16_bit_grey() -> None:
     assert image[0, 0, 0].item() == pytest.approx(30001 / 65535, abs=1e-7)
     assert image[2, 1, 1].item() == pytest.approx(30000 / 65535, abs=1e-7)
     assert image[0, 0, 0] > image[0, 1, 1]
+    levels[0] = 65535
+    assert load_bytes(_encode(Image.fromarray(levels)))[0, :2, 0].tolist() == [255, 117]
 
 
 def test_load_image_reads_the_first_view_of_an_mpo() -> None:

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from realfill.photographs import to_bytes
 from service.errors import ImageTooLarge
-from service.images import encode, read_image, read_mask, to_bytes, to_pixels
+from service.images import encode, read_image, read_mask, to_pixels
 from service.schemas import ImageFormat
 from tests.fakes import decoded, encoded, hole, photo
 

@@ -14,10 +14,12 @@ from realfill.complete.compositing import (
     crop,
     crop_mask,
     paste,
+    patch,
     window_of,
 )
 from realfill.errors import InvalidScene
 from realfill.masks import dilate
+from realfill.photographs import to_bytes
 
 
 def _images(seed: int, count: int, height: int, width: int) -> Tensor:
@@ -79,6 +81,23 @@ def test_paste_leaves_the_upload_beyond_the_feather(
     assert torch.equal(as_bytes, (expected * 255).round().to(torch.uint8))
     assert candidates.min() >= 0
     assert candidates.max() <= 1
+
+
+def test_a_patch_of_bytes_makes_the_bytes_of_paste() -> None:
+    """Only what is touched is computed; an upload need not become floats for that."""
+    numbers = torch.randint(0, 256, (3, 48, 80), dtype=torch.uint8)
+    mask = torch.zeros(48, 80, dtype=torch.bool)
+    mask[10:30, 20:50] = True
+    window = window_of(mask, 32)
+    samples = _images(3, 2, 32, 32)
+    rows, columns, pixels = patch(samples, window, numbers, mask, 5)
+    assert pixels.shape == (2, 3, 30, 40)
+    candidates = numbers.expand(2, -1, -1, -1).clone()
+    candidates[..., rows, columns] = to_bytes(pixels)
+    whole = paste(samples, window, numbers.float() / 255, mask.float(), 5)
+    assert torch.equal(candidates, to_bytes(whole))
+    assert torch.equal(crop(numbers, window, 32), crop(numbers.float() / 255, window, 32))
+    assert torch.equal(crop_mask(mask, window, 32), crop_mask(mask.float(), window, 32))
 
 
 def test_every_byte_survives_the_round_trip() -> None:
