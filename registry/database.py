@@ -23,6 +23,10 @@ from registry.errors import StorageUnavailable
 from registry.schema import REVISION
 
 BUSY_TIMEOUT_MS = 30_000
+# A service has as many threads that ask the registry as it takes completions: 36 unless it is set
+# otherwise. While the database hangs, those that could be answered must not wait for those that
+# cannot. Connections beyond the usual five are closed after their use.
+MOST_CONNECTIONS = 100
 MIGRATIONS = Path(__file__).parent / "migrations"
 
 # Any number will do, if all processes that migrate one PostgreSQL database agree on it.
@@ -173,7 +177,10 @@ def _create_engine(url: str | URL) -> Engine:
         parsed = make_url(url)
         if parsed.drivername == "postgresql":
             parsed = parsed.set(drivername="postgresql+psycopg")
-        engine = create_engine(parsed, pool_pre_ping=parsed.get_backend_name() != "sqlite")
+        sqlite = parsed.get_backend_name() == "sqlite"
+        in_memory = sqlite and parsed.database in (None, "", ":memory:")
+        pool = {} if in_memory else {"pool_size": 5, "max_overflow": MOST_CONNECTIONS - 5}
+        engine = create_engine(parsed, pool_pre_ping=not sqlite, **pool)
     except (ArgumentError, NoSuchModuleError, ValueError) as error:
         raise StorageUnavailable(
             "The registry's database URL cannot be read: write it like sqlite:////srv/registry.db "

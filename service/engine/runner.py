@@ -38,9 +38,9 @@ ARENA_BYTES = {"cpu": 2**30, "cuda": 2**32}
 # sixteen in one, 158 ms in two, 179 ms in four. Only where their number does not change their bits.
 AT_ONCE = 8
 # Samples of one scene from which a call of their own is no slower than one with other scenes beside
-# them. Fused, on two CPU cores with nano (rows engine.apart_ms.*): two scenes of eight take 158 ms
-# a step apart and 162 ms together, four of four 196 and 182 ms, eight of two 251 and 218 ms.
-# Segmented: an estimate, not measured on a GPU.
+# them: before there was a crew, on two CPU cores with nano, two scenes of eight took 158 ms a step
+# apart and 162 ms together. Where a crew shares the batches, scenes never run apart, which would be
+# slower for eight, four and two of each (rows engine.apart_ms.*). On a GPU an estimate.
 SPLIT_FROM = 8
 
 
@@ -61,7 +61,8 @@ class Runner:
             weights), or auto for the one that suits the device.
         arena_bytes: For adapters that lie ready on the device; None for 1 GiB on a CPU and 4 GiB on
             CUDA.
-        split_from: Samples of one scene from which they run in a call of their own; None for 8.
+        split_from: Samples of one scene from which they run in a call of their own; None for 8, and
+            for never where a crew of cores shares the batches.
         static: Whether steps run in buckets of fixed size and memory, with fused group norms; on
             CUDA they are captured as graphs. None for CUDA alone.
 
@@ -106,7 +107,10 @@ class Runner:
         if static:
             # Before anybody remembers where weights lie and in which order.
             base.unet.to(memory_format=_layout(base))
-        split_from = split_from or SPLIT_FROM
+        by_crew = application == "fused" and not static
+        self._crew = crew_for(torch.get_num_threads()) if by_crew else None
+        if split_from is None and self._crew is None:
+            split_from = SPLIT_FROM
         kind = FusedWeights if application == "fused" else SegmentedWeights
         self.weights: Weights = kind(
             base.unet, base.adapter_modules, budget_bytes=arena_bytes, split_from=split_from
@@ -117,9 +121,6 @@ class Runner:
         if static:
             self._fused_norms = install_fusion(base.unet)
             self.buckets = Buckets(base, max_samples, self._attending)
-        self._crew: Crew | None = None
-        if isinstance(self.weights, FusedWeights):
-            self._crew = crew_for(torch.get_num_threads())
         if exact:
             self._show_sizes()
 

@@ -7,6 +7,8 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 
@@ -106,6 +108,20 @@ def test_reader_does_not_wait_for_a_writer(database: Database) -> None:
         writer.execute(text("INSERT INTO scenes VALUES (1, 'tower', 0, '2026-01-01')"))
         with database.reading() as reader:
             assert reader.execute(select(scenes)).all() == []
+
+
+def test_threads_do_not_wait_for_each_others_connections(database: Database) -> None:
+    """Forty that read at the same moment, as a service's threads do while one read hangs."""
+    together = threading.Barrier(40)
+
+    def read() -> int:
+        with database.reading() as connection:
+            together.wait(10)
+            return int(connection.execute(text("SELECT 7")).scalar_one())
+
+    with ThreadPoolExecutor(40) as pool:
+        assert [f.result() for f in [pool.submit(read) for _ in range(40)]] == [7] * 40
+    database.close()
 
 
 def test_writing_takes_the_lock_at_once(database: Database, tmp_path: Path) -> None:
