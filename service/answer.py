@@ -40,19 +40,31 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Pending:
-    """A completion on its way through the lane; stale where its alias may have moved."""
+class Found:
+    """What a reference means now, in memory; stale where its alias may have moved."""
 
     version: Version
     stale: bool
     loaded: Loaded
+    timings_s: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A completion on its way through the lane."""
+
+    found: Found
     plan: Plan
     image: Tensor
     mask: Tensor
     window: Window
     job: Job
     future: Future[Sampled]
-    timings_s: dict[str, float]
+
+    @property
+    def timings_s(self) -> dict[str, float]:
+        """Seconds per stage so far."""
+        return self.found.timings_s
 
 
 @dataclass(frozen=True)
@@ -130,10 +142,10 @@ class Answer:
             return None
         sample, pending = self.candidates[place].sample, self._pending
         best = int(self._ranking.per_reference[sample].argmax())
-        name = list(references_of(pending.loaded.capsule))[best]
+        name = list(references_of(pending.found.loaded.capsule))[best]
         drawn = draw_correspondences(
             composited(pending, self._samples[sample][None])[0],
-            to_pixels(pending.loaded.capsule.extras[name]),
+            to_pixels(pending.found.loaded.capsule.extras[name]),
             self._ranking.correspondences[best].of_pair(sample),
             pending.job.mask,
         )

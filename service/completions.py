@@ -196,11 +196,15 @@ class Completions:
         )
 
     async def _work(self, ask: Ask, request: Request, cancel: threading.Event) -> Response:
-        started = time.perf_counter()
+        started, loop = time.perf_counter(), asyncio.get_running_loop()
+        # The registry is asked while the images are decoded.
+        look_up = loop.run_in_executor(self.waiting, self.road.look_up, ask.reference)
+        # If it fails after the images did, nobody is told: they were the reason.
+        look_up.add_done_callback(lambda done: done.cancelled() or done.exception())
         image, mask = await self._in_thread(partial(_read, ask, self.settings.max_pixels))
         read_s = time.perf_counter() - started
-        begin = partial(self.road.begin, ask.reference, image, mask, ask.plan, cancel)
-        pending = await asyncio.get_running_loop().run_in_executor(self.waiting, begin)
+        begin = partial(self.road.begin, await look_up, image, mask, ask.plan, cancel)
+        pending = await loop.run_in_executor(self.waiting, begin)
         pending.timings_s["read"] = read_s
         sampled = await asyncio.wrap_future(pending.future)
         record = record_of(request.scope)

@@ -1,6 +1,7 @@
 """The road of one completion: reference to pinned version to capsule to samples to candidates.
 
-Independent of HTTP. ``begin`` and ``finish`` are for worker threads; between them lies the lane.
+Independent of HTTP. ``look_up``, ``begin`` and ``finish`` are for worker threads; between
+the last two lies the lane.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from realfill.rank import (
 )
 from registry import Registry, Version
 from registry.signing import Guard
-from service.answer import Answer, Pending, Plan, candidates_of, composited, references_of
+from service.answer import Answer, Found, Pending, Plan, candidates_of, composited, references_of
 from service.capsules import Capsules, Loaded
 from service.engine import EngineMetrics, Halving, Job, Sampled
 from service.errors import Cancelled
@@ -165,25 +166,33 @@ class Road:
             QueueFull: The lane has too much to do.
             Cancelled: ``cancel`` was set.
         """
-        pending = self.begin(reference, image, mask, plan, cancel or threading.Event())
+        found = self.look_up(reference)
+        pending = self.begin(found, image, mask, plan, cancel or threading.Event())
         return self.finish(pending, pending.future.result())
 
-    def begin(
-        self, reference: str, image: Tensor, mask: Tensor, plan: Plan, cancel: threading.Event
-    ) -> Pending:
-        """Everything before the lane; arguments and errors as for ``complete``."""
-        if cancel.is_set():
-            raise Cancelled("Nobody waits for this completion any more.")
+    def look_up(self, reference: str) -> Found:
+        """What a reference means, and its capsule; argument and errors as for ``complete``.
+
+        From here on the digest is pinned: an alias that moves meanwhile moves the next request.
+        """
         timings: dict[str, float] = {}
-        # From here on the digest is pinned: an alias that moves meanwhile moves the next request.
         version, stale = _timed(timings, "resolve", lambda: self.resolver.resolve(reference))
         loaded = _timed(timings, "capsule", lambda: self.capsules.get(version))
+        return Found(version, stale, loaded, timings)
+
+    def begin(
+        self, found: Found, image: Tensor, mask: Tensor, plan: Plan, cancel: threading.Event
+    ) -> Pending:
+        """Hand the job to the lane; arguments and errors as for ``complete``."""
+        if cancel.is_set():
+            raise Cancelled("Nobody waits for this completion any more.")
+        capsule = found.loaded.capsule
         size_px = self.base.size_px
         window = window_of(mask, size_px)
         job = Job(
-            digest=version.digest,
-            adapter=loaded.capsule.adapter,
-            prompt_embedding=loaded.capsule.prompt_embedding,
+            digest=found.version.digest,
+            adapter=capsule.adapter,
+            prompt_embedding=capsule.prompt_embedding,
             target=crop(image, window, size_px),
             mask=crop_mask(mask, window, size_px),
             seeds=plan.seeds,
@@ -192,11 +201,11 @@ class Road:
             deadline=plan.deadline,
             cancel=cancel,
         )
-        if plan.halving and loaded.references is not None and self.matcher is not None:
-            judge = partial(self._judge, loaded.references, job)
+        references = found.loaded.references
+        if plan.halving and references is not None and self.matcher is not None:
+            judge = partial(self._judge, references, job)
             job = replace(job, halving=Halving(judge))
-        future = self.engine.submit(job)
-        return Pending(version, stale, loaded, plan, image, mask, window, job, future, timings)
+        return Pending(found, plan, image, mask, window, job, self.engine.submit(job))
 
     def finish(self, pending: Pending, sampled: Sampled) -> Answer:
         """Everything after the lane: rank the samples on the window the model saw."""
@@ -211,21 +220,21 @@ class Road:
             samples = _timed(timings, "seam", lambda: seamless(samples, job.target, job.mask))
         ranking = _timed(timings, "rank", lambda: self._rank(pending, samples))
         return Answer(
-            version=pending.version,
+            version=pending.found.version,
             plan=pending.plan,
             base_fingerprint=self.base.fingerprint,
             candidates=candidates_of(sampled.seeds, ranking),
             margin=ranking.margin if ranking else None,
             timings_s=timings,
             partial=sampled.partial,
-            stale=pending.stale,
+            stale=pending.found.stale,
             _pending=pending,
             _samples=samples,
             _ranking=ranking,
         )
 
     def _rank(self, pending: Pending, samples: Tensor) -> Ranking | None:
-        references = pending.loaded.references
+        references = pending.found.loaded.references
         if references is None or self.matcher is None:
             return None
         candidates = composited(pending, samples)

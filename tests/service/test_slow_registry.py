@@ -52,3 +52,30 @@ def test_scenes_that_are_slow_to_come_hold_up_nobody_else(
         finally:
             go.set()
         assert [answer.result(30).status_code for answer in late] == [200] * len(slow)
+
+
+def test_the_registry_is_asked_while_images_are_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is no image is refused at once, however long the registry takes."""
+    base, go = tiny_base(), threading.Event()
+    road = road_of(base, tmp_path)
+    road.registry.publish(tiny_capsule(base, "tower", seed=9))
+    resolve, asked = road.resolver.resolve, threading.Event()
+
+    def resolve_slowly(reference: str) -> object:
+        asked.set()
+        assert go.wait(30)
+        return resolve(reference)
+
+    monkeypatch.setattr(road.resolver, "resolve", resolve_slowly)
+    broken = {**FILES, "image": ("image.png", b"no image")}
+    app = create_app(road, Settings(seamless=False, request_timeout_s=20))
+    with TestClient(app) as client:
+        try:
+            answer = client.post("/v1/scenes/tower/complete", files=broken)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (422, "invalid_scene")
+            assert asked.wait(5)
+        finally:
+            go.set()
+        assert client.post("/v1/scenes/tower/complete", files=FILES).status_code == 200
