@@ -4,8 +4,8 @@ Every thread that runs a large operation of torch gets an OpenMP team of its own
 the thread ends. GNU's OpenMP lets the members of a team wait actively for their next piece of work
 only while all teams together have no more members than there are cores; from then on they sleep,
 and wake too late for what are a thousand small operations per step and more. A second, idle team
-made a step of one scene 12 % longer and one of sixteen scenes 35 % (two cores, rows
-``engine.idle_team_pct.*``).
+made a step of one scene 12 % longer and one of sixteen scenes 35 %, on two cores and before there
+was a crew, whose members have no teams (rows ``engine.idle_team_pct.*``).
 """
 
 from __future__ import annotations
