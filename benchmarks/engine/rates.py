@@ -120,6 +120,8 @@ def compare_compiled(base: Base, *, samples: int, steps: int, repeats: int) -> C
     Raises:
         RuntimeError: It cannot be compiled here, as a rule for want of a compiler.
     """
+    # What was compiled before, for another copy, would be taken again, and is not frozen.
+    torch.compiler.reset()
     plain = dataclasses.replace(base, unet=torch.compile(copy.deepcopy(base.unet)))
     runner = Runner(base, max_samples=samples)
     job = job_of(base, samples=samples, steps=steps)
