@@ -8,6 +8,7 @@ import time
 from collections import OrderedDict
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as OutOfTime
+from dataclasses import dataclass, field
 
 from registry import Registry, StorageUnavailable, Version
 
@@ -19,8 +20,20 @@ REMEMBERED = 10_000
 CALLS = 16
 
 
+@dataclass(frozen=True)
+class Question:
+    """What the registry says of one reference, or will say; asked for, or begun, ``since`` then."""
+
+    since: float
+    answer: Future[Version] = field(default_factory=Future)
+
+
 class Resolver:
     """Asks the registry every time, so that a moved alias counts at once, but not for ever.
+
+    Requests share questions, but nobody takes the answer to one that was begun before he came: it
+    may have been read before an alias moved. Whoever comes while a question is under way waits,
+    with all others who do, for the next.
 
     Where the registry does not answer in time, the last known version of that reference is used and
     said to be stale; the answer that comes late is remembered for the next request.
@@ -40,7 +53,8 @@ class Resolver:
         self._pool = ThreadPoolExecutor(CALLS, thread_name_prefix="realfill-resolve")
         self._lock = threading.Lock()
         self._known: OrderedDict[str, Version] = OrderedDict()
-        self._asked: dict[str, tuple[Future[Version], float]] = {}
+        self._begun: dict[str, Question] = {}
+        self._next: dict[str, Question] = {}
         self._answers = True
 
     def resolve(self, reference: str) -> tuple[Version, bool]:
@@ -50,17 +64,19 @@ class Resolver:
             StorageUnavailable: The registry does not answer, and the reference is not remembered.
             RegistryError: The registry says that there is no such version.
         """
+        now = time.monotonic()
         with self._lock:
             known = self._known.get(reference)
-            if reference not in self._asked:
-                asked = self._pool.submit(self._ask, reference)
-                self._asked[reference] = asked, time.monotonic()
-            asked, since = self._asked[reference]
-        # Who joins a question that was asked before waits only as long as it may still take. What
-        # nobody knows yet is worth waiting for anew.
-        left_s = self._patience_s if known is None else since + self._patience_s - time.monotonic()
+            begun = self._begun.get(reference)
+            if begun is None:
+                question = begun = self._begin(reference, Question(now))
+            else:
+                question = self._next.setdefault(reference, Question(now))
+        # Who finds a question under way waits only as long as that may still take. What nobody
+        # knows yet is worth waiting for anew.
+        left_s = self._patience_s if known is None else begun.since + self._patience_s - now
         try:
-            version = asked.result(max(left_s, 0.0))
+            version = question.answer.result(max(left_s, 0.0))
         except (OutOfTime, StorageUnavailable) as error:
             self._warn(error)
             if known is not None:
@@ -75,27 +91,35 @@ class Resolver:
         self._answers = True
         return version, False
 
-    def _ask(self, reference: str) -> Version:
-        """Ask the registry, and remember what it says for when it does not."""
+    def _begin(self, reference: str, question: Question) -> Question:
+        """Ask in a thread of the pool; the lock is held."""
+        self._begun[reference] = question
+        self._pool.submit(self._ask, reference, question.answer)
+        return question
+
+    def _ask(self, reference: str, answer: Future[Version]) -> None:
+        """Ask the registry, and remember what it says for when it does not; then the next."""
         try:
             version = self._registry.resolve(reference)
-        except StorageUnavailable:
-            raise
-        except Exception:
+        except StorageUnavailable as error:
+            answer.set_exception(error)
+        except BaseException as error:  # noqa: BLE001  # whoever asked gets it
             # It says that the reference means nothing any more.
             with self._lock:
                 self._known.pop(reference, None)
-            raise
+            answer.set_exception(error)
         else:
             with self._lock:
                 self._known[reference] = version
                 self._known.move_to_end(reference)
                 while len(self._known) > REMEMBERED:
                     self._known.popitem(last=False)
-            return version
-        finally:
-            with self._lock:
-                del self._asked[reference]
+            answer.set_result(version)
+        with self._lock:
+            del self._begun[reference]
+            waiting = self._next.pop(reference, None)
+            if waiting is not None:
+                self._begin(reference, Question(time.monotonic(), waiting.answer))
 
     def _warn(self, error: BaseException) -> None:
         """Once, until the registry answers again."""

@@ -114,7 +114,7 @@ def test_what_is_gone_is_not_served_from_memory(trouble: Trouble) -> None:
 
 
 def test_those_who_come_together_are_all_told_what_is_true_now(trouble: Trouble) -> None:
-    """Many requests share one question; none of them takes the old answer while it is asked."""
+    """Many requests share two questions; none of them takes the old answer while it is asked."""
     ours = resolver(trouble, 10.0)
     assert ours.resolve("tower")[0].number == 1
     trouble.registry.set_alias("tower", "live", 2)
@@ -126,4 +126,30 @@ def test_those_who_come_together_are_all_told_what_is_true_now(trouble: Trouble)
         trouble.go.set()
         answers = [future.result(30) for future in futures]
     assert {(version.number, stale) for version, stale in answers} == {(2, False)}
-    assert trouble.asked == 2
+    # The first one's, and one for all who came while it was under way.
+    assert trouble.asked == 3
+
+
+def test_who_comes_after_a_move_is_not_told_what_was_read_before(
+    trouble: Trouble, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A question under way has read the old version already; it answers only who asked it."""
+    ours = resolver(trouble, 10.0)
+    read, go, resolve = threading.Event(), threading.Event(), trouble.registry.resolve
+
+    def resolve_and_wait(reference: str) -> Version:
+        version = resolve(reference)
+        read.set()
+        assert go.wait(30)
+        return version
+
+    monkeypatch.setattr(trouble.registry, "resolve", resolve_and_wait)
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(ours.resolve, "tower")
+        assert read.wait(30)
+        trouble.registry.set_alias("tower", "live", 2)
+        second = threads.submit(ours.resolve, "tower")
+        time.sleep(0.1)
+        go.set()
+        assert first.result(30)[0].number == 1
+        assert second.result(30)[0].number == 2
