@@ -89,6 +89,11 @@ def to_bytes(pixels: Tensor) -> Tensor:
     return (pixels * 255).round_().clamp_(0, 255).to(torch.uint8)
 
 
+def to_pixels(numbers: Tensor) -> Tensor:
+    """8-bit numbers as pixels in [0, 1]. [3, H, W]"""
+    return numbers.float().div_(255)
+
+
 def decode_mask(encoded: bytes, name: str, max_pixels: int) -> Tensor:
     """Decode a mask: white is missing, black and transparent are known.
 

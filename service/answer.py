@@ -9,12 +9,11 @@ from torch import Tensor
 
 from realfill.capsule import Capsule
 from realfill.complete.compositing import Window, composite, patch
-from realfill.photographs import to_bytes
+from realfill.photographs import to_bytes, to_pixels
 from realfill.rank import Ranking, Verdict, draw_correspondences, judge
 from registry import Version
 from service.capsules import Loaded
 from service.engine import Job, Sampled
-from service.images import to_pixels
 
 REFERENCES = "references."
 

@@ -62,11 +62,6 @@ def read_mask(encoded: bytes, size: tuple[int, int], *, max_pixels: int) -> Tens
     return load_mask(encoded, size, max_pixels=max_pixels, label="The field 'mask'").bool()
 
 
-def to_pixels(numbers: Tensor) -> Tensor:
-    """8-bit numbers as pixels in [0, 1]. [3, H, W]"""
-    return numbers.float().div_(255)
-
-
 def encode(numbers: Tensor, image_format: ImageFormat) -> bytes:
     """Write an image, in sRGB and without metadata.
 

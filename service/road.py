@@ -22,6 +22,7 @@ from realfill.capsule import Capsule, read_capsule
 from realfill.complete.compositing import composite, crop, crop_mask, window_of
 from realfill.complete.seam import seamless
 from realfill.errors import InvalidCapsule
+from realfill.photographs import to_pixels
 from realfill.rank import (
     Matcher,
     Ranking,
@@ -36,7 +37,6 @@ from service.answer import Answer, Found, Pending, Plan, candidates_of, composit
 from service.capsules import Capsules, Loaded
 from service.engine import EngineMetrics, Halving, Job, Sampled
 from service.errors import Cancelled
-from service.images import to_pixels
 from service.leases import Leases
 from service.resolver import Resolver
 

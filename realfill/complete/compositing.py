@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from realfill.errors import InvalidScene
 from realfill.masks import dilate
+from realfill.photographs import to_pixels
 
 # Known pixels around the hole that the colour fit looks at, and the gains it may answer with.
 RING_PX = 16
@@ -264,7 +265,7 @@ def patch(
 
 def _pixels(image: Tensor) -> Tensor:
     """Pixels in [0, 1] of such, or of 8-bit numbers."""
-    return image.float() / 255 if image.dtype == torch.uint8 else image
+    return to_pixels(image) if image.dtype == torch.uint8 else image
 
 
 def _resize_samples(samples: Tensor, side: int) -> Tensor:

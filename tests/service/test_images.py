@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from realfill.photographs import to_bytes
+from realfill.photographs import to_bytes, to_pixels
 from service.errors import ImageTooLarge
-from service.images import encode, read_image, read_mask, to_pixels
+from service.images import encode, read_image, read_mask
 from service.schemas import ImageFormat
 from tests.fakes import decoded, encoded, hole, photo
 
