@@ -1,23 +1,31 @@
-"""Seams: a sample meets the target around the hole, however its colours drifted.
+"""Seams: a sample meets the target around the hole, in values and in slopes.
 
 An autoencoder gives known pixels back a little off, and a sample's colours may be off by more; cut
-out and pasted, both show as an edge. Poisson blending removes it: the sample keeps its gradients
-and takes the target's values on the rim. With the sample's own gradients as guidance, that is the
-sample plus the smoothest surface that equals the error on the rim (the membrane).
+out and pasted, both show as an edge. So the error, which is known around the hole, is continued
+into it and taken away. Poisson blending continues it by the surface that solves Laplace's equation
+(the membrane), which meets the rim in its values alone. A spline in tension meets it in its slopes
+too and is a membrane further inside; near the rim, where the known pixels tell the most, it is
+closer to the truth (``docs/training.md``).
 
-Source: Pérez, Gangnet and Blake, "Poisson Image Editing", SIGGRAPH 2003.
+Sources: Pérez, Gangnet and Blake, "Poisson Image Editing", SIGGRAPH 2003; Smith and Wessel,
+"Gridding with continuous curvature splines in tension", Geophysics 55, 1990.
 """
 
 from __future__ import annotations
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from scipy.linalg import solveh_banded
 from torch import Tensor
 from torch.nn import functional as F
 
 # The surface is smooth: beyond this size it is solved for coarser cells and interpolated.
 GRID = 128
+# Of the membrane against the stiff plate: slopes are carried on for 1/sqrt(TENSION) cells.
+TENSION = 1.0
+# How far the equation of one cell reaches.
+REACH = 2
 
 
 def seamless(samples: Tensor, target: Tensor, mask: Tensor) -> Tensor:
@@ -40,7 +48,7 @@ def seamless(samples: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     cell = -(-max(mask.shape) // GRID)
     weight = _pooled(known[None, None], cell)
     error = _pooled((target - samples) * known, cell) / weight.clamp(min=1e-6)
-    surface = membrane(error, weight[0, 0] > 0)
+    surface = continuation(error, weight[0, 0] > 0)
     if cell > 1:
         surface = F.interpolate(surface, scale_factor=cell, mode="bilinear")
     height, width = mask.shape
@@ -48,59 +56,87 @@ def seamless(samples: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     return torch.where(known > 0, target, shifted)
 
 
-def membrane(values: Tensor, known: Tensor) -> Tensor:
-    """The smoothest continuation: each unknown value is the mean of its neighbours'.
+def continuation(values: Tensor, known: Tensor) -> Tensor:
+    """The spline in tension through what is known.
 
-    At the borders of the grid nothing is prescribed.
+    With the grid's Laplacian L it solves L(L + tension) u = 0 at every unknown cell. At the borders
+    of the grid nothing is prescribed.
 
     Args:
         values: Read where they are known. [N, C, h, w]
         known: True where a value is given; at least one is. [h, w]
 
     Returns:
-        The given values, and the solution of Laplace's equation between them. [N, C, h, w]
+        The given values, and the continuation between them. [N, C, h, w]
     """
     unknown = ~known.cpu().numpy()
-    count = int(unknown.sum())
-    if count == 0:
+    if not unknown.any():
         return values
-    flat = values.detach().double().cpu().numpy().reshape(-1, *unknown.shape)
-    is_wide = unknown.any(0).sum() > unknown.any(1).sum()
+    down, across = (_window(places) for places in np.nonzero(unknown))
+    unknown = unknown[down, across]
+    flat = values[..., down, across].detach().double().cpu().numpy().reshape(-1, *unknown.shape)
+    is_wide = unknown.shape[1] > unknown.shape[0]
     if is_wide:
-        # Numbered along the hole's shorter side, neighbours have the closest numbers.
+        # Numbered along the hole's shorter side, cells of one equation have the closest numbers.
         unknown, flat = unknown.T, flat.transpose(0, 2, 1)
-    number = np.full(unknown.shape, -1)
-    number[unknown] = np.arange(count)
-    diagonal = np.zeros(count)
-    given = np.zeros((count, len(flat)))
-    links = []
-    for here, there in _neighbours(unknown.shape):
-        row = number[here][unknown[here]]
-        diagonal[row] += 1
-        column = number[there][unknown[here]]
-        inner, lower = column >= 0, (column >= 0) & (column < row)
-        links.append((row[lower], column[lower]))
-        given[row[~inner]] += flat[:, *there][:, unknown[here]][:, ~inner].T
-    rows, columns = (np.concatenate(part) for part in zip(*links, strict=True))
-    # Symmetric and positive definite, and within a band that is no wider than the grid's side: for
-    # that, Cholesky in a band takes a half to four fifths of a general sparse solver's time.
-    band = np.zeros((int((rows - columns).max(initial=0)) + 1, count))
-    band[0] = diagonal
-    band[rows - columns, columns] = -1
-    flat[:, unknown] = solveh_banded(
-        band, given, lower=True, overwrite_ab=True, overwrite_b=True, check_finite=False
-    ).T
-    solved = flat.transpose(0, 2, 1) if is_wide else flat
-    return torch.from_numpy(solved.reshape(values.shape)).to(values)
+    given = np.where(unknown, 0, flat)
+    given = _laplacian(_laplacian(given) + TENSION * given)[:, unknown]
+    # Symmetric and positive definite, and within a band that is no wider than twice the hole:
+    # Cholesky in a band takes less time than a general sparse solver.
+    solved = solveh_banded(
+        _equations(unknown), -given.T, lower=True, overwrite_ab=True, check_finite=False
+    )
+    flat = flat.copy()
+    flat[:, unknown] = solved.T
+    continued = values.clone()
+    within = flat.transpose(0, 2, 1) if is_wide else flat
+    within = within.reshape(*values.shape[:2], *within.shape[1:])
+    continued[..., down, across] = torch.from_numpy(within).to(values)
+    return continued
 
 
-def _neighbours(
-    shape: tuple[int, ...],
-) -> list[tuple[tuple[slice, slice], tuple[slice, slice]]]:
-    """For each of four directions: the cells that have a neighbour there, and these neighbours."""
-    whole, first, rest = slice(None), slice(None, -1), slice(1, None)
-    down, across = ((first, whole), (rest, whole)), ((whole, first), (whole, rest))
-    return [down, (down[1], down[0]), across, (across[1], across[0])]
+def _equations(unknown: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """L(L + tension) between the unknown cells: diagonals below the main one. [band, cells]"""
+    height, width = unknown.shape
+    degree = np.full((height + 2 * REACH, width + 2 * REACH), 4.0)
+    for border in (REACH, -REACH - 1):
+        degree[border] -= 1
+        degree[:, border] -= 1
+    rows, columns = (places + REACH for places in np.nonzero(unknown))
+    here, own = np.arange(len(rows)), degree[rows, columns]
+    number = np.full(degree.shape, -1)
+    number[rows, columns] = here
+    entries = [(here, here, own * (own + 1 + TENSION))]
+    for down, across in ((-1, 0), (0, -1), (-1, -1), (-1, 1), (-2, 0), (0, -2)):
+        there = number[rows + down, columns + across]
+        among = there >= 0
+        if abs(down) + abs(across) == 1:
+            value = -(own + degree[rows + down, columns + across] + TENSION)[among]
+        else:
+            # The ways of two steps from one cell to the other.
+            value = np.full(among.sum(), 2.0 if down and across else 1.0)
+        entries.append((here[among], there[among], value))
+    reach = max(int((row - column).max(initial=0)) for row, column, _ in entries)
+    band = np.zeros((reach + 1, len(rows)), order="F")
+    for row, column, value in entries:
+        band[row - column, column] = value
+    return band
+
+
+def _laplacian(planes: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Of every cell, the sum of its differences from its neighbours. [N, h, w]"""
+    down, across = np.diff(planes, axis=1), np.diff(planes, axis=2)
+    summed = np.zeros_like(planes)
+    summed[:, :-1] -= down
+    summed[:, 1:] += down
+    summed[:, :, :-1] -= across
+    summed[:, :, 1:] += across
+    return summed
+
+
+def _window(places: NDArray[np.intp]) -> slice:
+    """What the equations of unknown cells reach along an axis, whose numbers there these are."""
+    return slice(max(int(places.min()) - REACH, 0), int(places.max()) + 1 + REACH)
 
 
 def _pooled(planes: Tensor, cell: int) -> Tensor:
