@@ -273,7 +273,7 @@ def _strength(base: Base, scene: Scene, config: TrainingConfig) -> float:
     known = 1 - float(missing.mean())
     if known >= config.full_from:
         return 1.0
-    return max(LEAST_STRENGTH, round(known / config.full_from, 4))
+    return max(LEAST_STRENGTH, round((known / config.full_from) ** 2, 4))
 
 
 def _capsule(base: Base, scene: Scene, config: TrainingConfig, report: dict[str, Any]) -> Capsule:

@@ -265,7 +265,7 @@ def test_adapter_is_weaker_where_little_is_known(base: Base, scene: Scene) -> No
     missing = crop_mask(scene.mask, window_of(scene.mask, base.size_px), base.size_px).mean()
     assert bold.header.scale == 2.0
     assert bold.header.training["strength"] == 1
-    assert cautious.header.scale == pytest.approx(2 * (1 - float(missing)), abs=1e-3)
+    assert cautious.header.scale == pytest.approx(2 * (1 - float(missing)) ** 2, abs=1e-3)
     assert cautious.header.alpha == pytest.approx(4 * cautious.header.scale)
     for path, factors in bold.adapter.factors.items():
         assert torch.equal(factors[0], cautious.adapter.factors[path][0])
