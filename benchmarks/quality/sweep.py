@@ -37,6 +37,8 @@ SETTINGS = (
     ("ddim", 25),
     ("ddim", 12),
     ("ddim", 6),
+    ("ddim", 3),
+    ("ddim", 2),
 )
 
 

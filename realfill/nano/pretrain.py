@@ -41,7 +41,7 @@ from realfill.sheet import contact_sheet
 DRAWN, PHOTOGRAPHED = 3000, 1500
 # Few steps stay near the mean of what is likely: from a denoiser this small, that is closer to the
 # truth than the texture that more of them add (docs/training.md).
-SAMPLER, STEPS = "ddim", 6
+SAMPLER, STEPS = "ddim", 2
 AUTOENCODER_STEPS, DENOISER_STEPS, MATCHER_STEPS = 8000, 8000, 3000
 TRIPLES = 20_000
 LICENCE = "Apache-2.0; trained from nothing on drawn images and scikit-image's bundled photographs"
