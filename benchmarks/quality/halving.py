@@ -55,10 +55,15 @@ class Regret:
     spearman: tuple[float, ...]
 
 
-def regret_of(bench: Bench, place: Place, capsule: bytes, seeds: Sequence[int]) -> Regret:
-    """Sample every seed to the end, look at all of them on the way, and halve afterwards."""
+def regret_of(
+    bench: Bench, place: Place, capsule: bytes, seeds: Sequence[int], *, steps: int | None
+) -> Regret:
+    """Sample every seed to the end, look at all of them on the way, and halve afterwards.
+
+    ``steps`` is None for the base's own number.
+    """
     runner, square = bench.runner, bench.square(place)
-    job = job_for(runner, square.target, square.mask, seeds, capsule=capsule)
+    job = job_for(runner, square.target, square.mask, seeds, capsule=capsule, steps=steps)
     plan = Halving(judge=lambda previews: torch.zeros(len(previews)))
     looks = plan.steps(job.steps)
     previews: dict[int, Tensor] = {}
@@ -122,6 +127,7 @@ def table_of(regrets: Sequence[Regret]) -> Table:
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @bench_options(synthetic=0, seeds=16)
+@click.option("--steps", type=click.IntRange(min=1), help="Else what the base is sampled with.")
 def main(
     base_name: str,
     device: str,
@@ -135,6 +141,7 @@ def main(
     capsules: Path,
     rows: Path,
     as_json: bool,
+    steps: int | None,
 ) -> None:
     """Measure the regret of seed halving: quality lost against sample-steps saved.
 
@@ -148,7 +155,7 @@ def main(
         bench = Bench(base_name, device, matcher, capsules=capsules, samples=out / "samples")
         adapters = adapters_of(bench, places, console)
         regrets = [
-            regret_of(bench, place, capsule, range(seeds))
+            regret_of(bench, place, capsule, range(seeds), steps=steps)
             for place, capsule in zip(places, adapters, strict=True)
         ]
     except (RealFillError, ValueError) as error:

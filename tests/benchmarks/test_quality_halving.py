@@ -14,15 +14,21 @@ from realfill.config import preset
 from tests.tiny import save_tiny_base, tiny_capsule
 
 
-def test_steps_are_counted_and_the_first_is_among_all(tmp_path: Path) -> None:
-    """Eight seeds of twenty steps with looks after 8 and 14: 8x8 + 4x6 + 2x6 of 160."""
+@pytest.mark.parametrize(
+    ("steps", "share", "looks"),
+    [(None, (8 * 8 + 4 * 6 + 2 * 6) / 160, 2), (2, (8 * 1 + 4 * 1) / 16, 1)],
+)
+def test_steps_are_counted_and_the_first_is_among_all(
+    tmp_path: Path, steps: int | None, share: float, looks: int
+) -> None:
+    """Of the base's twenty steps there are looks after 8 and 14, of two after the first."""
     base = str(save_tiny_base(tmp_path / "base"))
     bench = Bench(base, "cpu", "nano", capsules=tmp_path, samples=tmp_path)
     [place] = places_of(None, demo=False, synthetic=1, config=preset("demo"))
     capsule = tiny_capsule(bench.runner.base, "tower", seed=1)
-    regret = regret_of(bench, place, capsule, range(8))
-    assert regret.share == pytest.approx((8 * 8 + 4 * 6 + 2 * 6) / 160)
-    assert len(regret.spearman) == 2
+    regret = regret_of(bench, place, capsule, range(8), steps=steps)
+    assert regret.share == pytest.approx(share)
+    assert len(regret.spearman) == looks
     assert regret.same == (regret.first_db == regret.halved_db)
     assert 0 < regret.mean_db < 40
 
