@@ -49,8 +49,8 @@ class TrainingConfig:
         timestep_power: Timesteps are T * u^(1 / power): above 1, more of them are noisy, where the
             content is decided; the paper's are uniform.
         full_from: The finished adapter is fused at full strength where at least this share of the
-            target's window is known, and else by the square of what is known of it: the less is
-            known, the more the base's own continuation of it is worth. The paper has none, which
+            target's window is known, and else at the square of (share known / full_from): the less
+            is known, the more the base's own continuation of it is worth. The paper has none, which
             is 0.
         target_union: Whether the target's random masks are joined with its own hole, so that
             nothing in it is shown; without, as some public code has it, for comparison.

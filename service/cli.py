@@ -65,7 +65,7 @@ def serve(**options: Any) -> None:
 # Read when the libraries are loaded, so that the service cannot set them itself. Idle threads of
 # NumPy and SciPy spin for 30 ms after each seam, and would take a core from the lane. The lane's
 # spin for 10 ms unless told otherwise (300000 turns), and take a core from whoever writes the
-# answer; a sixth of that is still longer than the lane's pauses between operations.
+# answer; so many turns, 2 to 4 ms, are still longer than the lane's pauses between operations.
 THREADS = {"OPENBLAS_NUM_THREADS": "1", "GOMP_SPINCOUNT": "50000"}
 
 
