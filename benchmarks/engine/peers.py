@@ -17,7 +17,7 @@ from torch import Tensor
 
 from benchmarks.engine.adapters import random_adapter
 from benchmarks.engine.rates import fits_pipeline, job_of, loop, pipeline
-from benchmarks.engine.swaps import peft_state
+from benchmarks.engine.swaps import ALLOWED, peft_state
 from benchmarks.engine.timing import repeated, seconds_of
 from realfill.base import Base
 from realfill.capsule import Adapter
@@ -269,7 +269,7 @@ def checked_difference(base: Base, plain: Tensor, ours: Tensor, theirs: Tensor, 
     """
     change = float((ours - plain).abs().max())
     difference = float((ours - theirs).abs().max()) / max(change, 1e-12)
-    allowed = 0.01 if base.dtype == torch.float32 else 0.2
+    allowed = ALLOWED[base.dtype]
     if change == 0 or difference > allowed:
         raise RuntimeError(
             f"{peer}: its prediction and ours differ by {difference:.3g} of what the adapter"

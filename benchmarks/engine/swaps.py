@@ -16,6 +16,10 @@ from realfill.capsule import Adapter
 from service.engine import Runner, Swapper
 from service.engine.weights import Part
 
+# Of what an adapter changes, two ways may differ so much by rounding. In bfloat16 a fifth was seen
+# on sd2-random, whose random layers pass little of an adapter on; another adapter gives 1 and more.
+ALLOWED = {torch.float32: 0.01, torch.bfloat16: 0.5, torch.float16: 0.2}
+
 PEER = "diffusers load_lora_adapter + set_adapters, state dict in memory, deletion not counted"
 
 
@@ -51,7 +55,7 @@ def measure_swaps(base: Base, *, rank: int, repeats: int, peer_repeats: int) -> 
     peer_s, theirs = _diffusers(base, list(adapters.values()), peer_repeats)
     change = float((ours - plain).abs().max())
     difference = float((ours - theirs).abs().max()) / max(change, 1e-12)
-    allowed = 0.01 if base.dtype == torch.float32 else 0.2
+    allowed = ALLOWED[base.dtype]
     if change == 0 or difference > allowed:
         raise RuntimeError(
             f"the U-Net with adapter {first[:4]} and diffusers' differ by {difference:.3g} of what "

@@ -114,12 +114,12 @@ def contest(
 def in_turns(
     contenders: Mapping[str, Callable[[], object]], device: torch.device, repeats: int
 ) -> dict[str, list[float]]:
-    """Seconds of each contender's calls; on CUDA the 20th, 50th and 80th percentile only."""
+    """Seconds of each contender's calls."""
     if device.type == "cuda":
         from triton.testing import do_bench
 
         return {
-            name: [ms / 1000 for ms in do_bench(work, quantiles=[0.2, 0.5, 0.8])]
+            name: [ms / 1000 for ms in do_bench(work, return_mode="all")]
             for name, work in contenders.items()
         }
     seconds: dict[str, list[float]] = {name: [] for name in contenders}

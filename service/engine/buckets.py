@@ -112,6 +112,11 @@ class Buckets:
         self._sizes = bucket_sizes(most)
         self._steps = {size: StaticStep(base, size, attending) for size in self._sizes}
         self._graphs: dict[tuple[int, Mode], torch.cuda.CUDAGraph] = {}
+        if self._on_cuda:
+            # One stream for warm-ups and captures: what libraries keep for a stream is kept once.
+            self._aside = torch.cuda.Stream(base.device)
+            # One pool: no two graphs run at once, and what they leave lies in the buffers.
+            self._pool = torch.cuda.graph_pool_handle()
 
     def size_for(self, count: int) -> int:
         """The smallest bucket that holds so many samples."""
@@ -148,14 +153,24 @@ class Buckets:
 
     def _capture(self, step: StaticStep, mode: Mode) -> None:
         """Record what ``compute`` launches; the buffers are garbage afterwards."""
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
+        aside, device = self._aside, step.latents.device
+        aside.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(aside):
             for _ in range(WARM_UPS):
                 step.compute()
-        torch.cuda.current_stream().wait_stream(aside)
+        torch.cuda.current_stream(device).wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # Other threads bring adapters meanwhile: what they ask of the device is no part of it.
+        with torch.cuda.graph(
+            graph, pool=self._pool, stream=aside, capture_error_mode="thread_local"
+        ):
             step.compute()
         self._graphs[step.size, mode] = graph
         self.captures += 1
+
+    def release(self) -> None:
+        """Give the device's memory back; no step can be made afterwards."""
+        if self._on_cuda:
+            torch.cuda.synchronize(self._aside.device)
+        self._graphs.clear()
+        self._steps.clear()

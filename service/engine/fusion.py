@@ -1,4 +1,4 @@
-"""GroupNorm and the SiLU after it in one pass, in every residual block of a U-Net on a GPU."""
+"""Group norms of a U-Net on a GPU in one pass, in residual blocks with the SiLU behind them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from diffusers import UNet2DConditionModel
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -14,15 +15,20 @@ from service.engine.layers import Installed
 
 
 @dataclass
-class NormWithSilu:
-    """A group norm that has its SiLU already done."""
+class FusedNorm:
+    """A group norm whose outcome lies in memory as its input does.
+
+    Attributes:
+        silu: Whether the SiLU after it is already done.
+    """
 
     norm: nn.GroupNorm
+    silu: bool = True
 
     def __call__(self, x: Tensor) -> Tensor:
-        """silu(norm(x)). [N, C, H, W]"""
+        """norm(x), or silu(norm(x)). [N, C, H, W]"""
         norm = self.norm
-        return groupnorm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
+        return groupnorm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps, silu=self.silu)
 
 
 def silu_of_timesteps(x: Tensor) -> Tensor:
@@ -31,15 +37,21 @@ def silu_of_timesteps(x: Tensor) -> Tensor:
 
 
 def install_fusion(unet: UNet2DConditionModel) -> Installed:
-    """Fuse all pairs of group norm and SiLU, until they are released."""
+    """Fuse all pairs of group norm and SiLU, until they are released.
+
+    The norms before attention have none. There the gain is the layout: torch's own would turn
+    channels-last features round, and they would be turned back for the linear layer behind.
+    """
     installed = Installed()
     for block in unet.modules():
         plain = isinstance(block, ResnetBlock2D) and block.time_embedding_norm == "default"
         if plain and isinstance(block.nonlinearity, nn.SiLU):
             for norm in (block.norm1, block.norm2):
-                installed.install(norm, NormWithSilu(norm))
+                installed.install(norm, FusedNorm(norm))
             installed.install(block.nonlinearity, silu_of_timesteps)
+        if isinstance(block, Transformer2DModel) and isinstance(block.norm, nn.GroupNorm):
+            installed.install(block.norm, FusedNorm(block.norm, silu=False))
     if isinstance(unet.conv_norm_out, nn.GroupNorm) and isinstance(unet.conv_act, nn.SiLU):
-        installed.install(unet.conv_norm_out, NormWithSilu(unet.conv_norm_out))
+        installed.install(unet.conv_norm_out, FusedNorm(unet.conv_norm_out))
         installed.install(unet.conv_act, silu_of_timesteps)
     return installed

@@ -322,6 +322,9 @@ class Runner:
         """Leave the base as it was before."""
         if self._crew is not None:
             self._crew.release()
+        if self.buckets is not None:
+            # Not left to the garbage collector: gigabytes of graphs may hang on a cycle.
+            self.buckets.release()
         self._fused_norms.release()
         self.weights.release()
 

@@ -281,14 +281,17 @@ class SegmentedWeights:
         self._class_of.clear()
 
     def _take(self, digest: str, adapter: Adapter, *, pin: bool, wait: bool) -> bool:
-        here = self._class_of.get(digest)
+        here, staged = self._class_of.get(digest), None
         if here is None:
-            here = self._class_for(stage(self._modules, digest, adapter).rank)
+            staged = stage(self._modules, digest, adapter)
+            here = self._class_for(staged.rank)
             self._class_of[digest] = here
         kept = here
 
         def make() -> Slot:
-            return kept.put(stage(self._modules, digest, adapter))
+            slot = kept.put(staged or stage(self._modules, digest, adapter))
+            self._swapper.prepare(slot.staged)
+            return slot
 
         return kept.tier.take(digest, kept.slot_bytes, make, pin=pin, wait=wait) is not None
 

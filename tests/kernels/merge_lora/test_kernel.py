@@ -26,10 +26,11 @@ def test_kernel_equals_reference_in_the_interpreter() -> None:
 
 
 @pytest.mark.skipif(interpreted(), reason="a process that interprets cannot compile")
+@pytest.mark.parametrize("aligned", [True, False])
 def test_kernel_compiles_for_hopper_without_a_gpu(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    aligned: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The compiler accepts the kernel, which the interpreter alone does not prove."""
+    """The compiler accepts the kernel, and moves several aligned values at once."""
     import triton
     import triton.language as tl
     from triton.backends.compiler import GPUTarget
@@ -45,6 +46,7 @@ def test_kernel_compiles_for_hopper_without_a_gpu(
         "ROWS": kernel.BLOCK_ROWS,
         "COLUMNS": kernel.BLOCK_COLUMNS,
         "RANK": kernel.SMALLEST_BLOCK_RANK,
+        "ALIGNED": aligned,
     }
     types = {"table": "*i64", "scale": "fp32", **dict.fromkeys(constants, "constexpr")}
     compiled = triton.compile(
@@ -55,6 +57,8 @@ def test_kernel_compiles_for_hopper_without_a_gpu(
     # Products in float32, not in the shorter tf32.
     assert "fma.rn.f32" in compiled.asm["ptx"]
     assert "tf32" not in compiled.asm["ptx"]
+    for moved in ("ld.global.v4", "st.global.v4"):
+        assert (moved in compiled.asm["ptx"]) == aligned
 
 
 def matrices(
@@ -76,21 +80,26 @@ def matrices(
 def assert_as_exact_as_reference(
     out: Tensor, pristine: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float
 ) -> None:
-    """Twice the reference's error plus one epsilon, both against float64."""
+    """Twice the reference's error plus one epsilon, both against float64.
+
+    In a small weight the reference may err by luck less than float32 does in a sum of so many
+    terms, half an epsilon times the root of their number: that much is allowed to every order.
+    """
     exact = pristine.double() + scale * lora_B.double() @ lora_A.double()
     reference = torch.empty_like(pristine)
     merge_lora_reference_([reference], [pristine], [lora_A], [lora_B], scale)
     error = (reference.double() - exact).abs().max()
-    epsilon = torch.finfo(out.dtype).eps * exact.abs().max()
+    order = torch.finfo(torch.float32).eps / 2 * len(lora_A) ** 0.5
+    epsilon = (torch.finfo(out.dtype).eps + order) * exact.abs().max()
     assert float((out.double() - exact).abs().max()) <= float(2 * error + epsilon)
 
 
 @in_interpreter
 @pytest.mark.parametrize("rank", RANKS)
-@pytest.mark.parametrize(("rows", "columns"), SIZES)
+@pytest.mark.parametrize(("rows", "columns"), [*SIZES, (70, 48)])
 @pytest.mark.parametrize("factor", [torch.float32, torch.float16])
 def test_merge_in_the_interpreter(rows: int, columns: int, rank: int, factor: torch.dtype) -> None:
-    """Awkward sizes and ranks that are no multiple of 16 come out as exact as the reference's."""
+    """Sizes and ranks that are a multiple of 16 and others come out as exact as the reference's."""
     pristine, lora_A, lora_B = matrices(
         rows, columns, rank, device="cpu", dtype=torch.float32, factor=factor
     )

@@ -73,8 +73,9 @@ def test_fused_norms_change_nothing_but_roundings(base: Base) -> None:
     inputs = torch.randn(2, 9, 4, 4), torch.tensor([500, 20]), torch.randn(2, 77, 16)
     plain = base.unet(*inputs).sample
     installed = install_fusion(base.unet)
-    # Two in each of the eight residual blocks with their shared SiLU, and the last of all.
-    assert len(installed.modules) == 3 * 8 + 2
+    # Two in each of the eight residual blocks with their shared SiLU, one in each of the four
+    # transformers, and the last of all.
+    assert len(installed.modules) == 3 * 8 + 4 + 2
     torch.testing.assert_close(base.unet(*inputs).sample, plain, rtol=1e-4, atol=1e-4)
     installed.release()
     assert torch.equal(base.unet(*inputs).sample, plain)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
-from kernels.merge_lora import merge_lora_
+from kernels.merge_lora import prepared_merge
 from realfill.adapt.lora import factors_in, parameters_of, read_out
 from realfill.capsule import Adapter
 from realfill.config import preset
@@ -218,12 +219,18 @@ class FailingMerge:
     def __init__(self) -> None:
         self.failures_left = 0
 
-    def __call__(self, outs: Any, pristines: Any, a: Any, b: Any, scale: float) -> None:
-        if self.failures_left:
-            self.failures_left -= 1
-            merge_lora_(outs[:1], pristines[:1], a[:1], b[:1], scale)
-            raise RuntimeError("device lost")
-        merge_lora_(outs, pristines, a, b, scale)
+    def __call__(self, *modules: Any) -> Callable[[float], None]:
+        first = prepared_merge(*(tensors[:1] for tensors in modules))
+        whole = prepared_merge(*modules)
+
+        def merge(scale: float) -> None:
+            if self.failures_left:
+                self.failures_left -= 1
+                first(scale)
+                raise RuntimeError("device lost")
+            whole(scale)
+
+        return merge
 
 
 def test_swap_that_fails_half_way_is_undone() -> None:
