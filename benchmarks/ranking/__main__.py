@@ -35,14 +35,14 @@ class Bench:
     Attributes:
         source: Whose weights, as for ``load_matcher``.
         torch_matcher: LoFTR in torch, whose weights the peer shares.
-        onnx_matcher: The same in ONNX Runtime.
+        onnx_matcher: The same in ONNX Runtime, None where it has no provider for the device.
         matcher: What a service would use on the device.
         seen: What is ranked.
     """
 
     source: str
     torch_matcher: LoFTRMatcher
-    onnx_matcher: Matcher
+    onnx_matcher: Matcher | None
     matcher: Matcher
     seen: Pictures
     repeats: int
@@ -74,7 +74,7 @@ def bench_speed(bench: Bench) -> list[Row]:
     model = peer.naive_kornia(bench.torch_matcher)
     truth = peer.counts(model, bench.seen)
     works: dict[str, Callable[[], object]] = {"kornia": lambda: peer.counts(model, bench.seen)}
-    for matcher in (bench.torch_matcher, bench.onnx_matcher):
+    for matcher in filter(None, (bench.torch_matcher, bench.onnx_matcher)):
         rank = ranker(bench, matcher)
         mine = rank().per_reference.cpu()
         if not torch.equal(mine, truth):
@@ -89,11 +89,9 @@ def bench_speed(bench: Bench) -> list[Row]:
         for name, work in works.items():
             seconds[name] += repeated(work, 1, bench.device, warm_up=1 if turn == 0 else 0)
     theirs, ours = seconds["kornia"], seconds[bench.matcher.name]
-    with_torch, with_onnx = (seconds[m.name] for m in (bench.torch_matcher, bench.onnx_matcher))
     ratio = median(theirs) / median(ours)
-    onnx_ratio = median(with_torch) / median(with_onnx)
     size = f"{len(bench.seen.candidates)}x{len(bench.seen.references)}"
-    return [
+    rows = [
         bench.keep("rank.ratio_kornia", ratio, "x", peer=peer.PEER, ratio=ratio),
         *(
             bench.keep(
@@ -106,8 +104,14 @@ def bench_speed(bench: Bench) -> list[Row]:
             )
             for percent in (20, 50, 80)
         ),
-        bench.keep("rank.onnx_ratio", onnx_ratio, "x", peer="the same in torch", ratio=onnx_ratio),
     ]
+    if bench.onnx_matcher is not None:
+        with_torch, with_onnx = (seconds[m.name] for m in (bench.torch_matcher, bench.onnx_matcher))
+        ratio = median(with_torch) / median(with_onnx)
+        rows.append(
+            bench.keep("rank.onnx_ratio", ratio, "x", peer="the same in torch", ratio=ratio)
+        )
+    return rows
 
 
 def bench_memory(bench: Bench) -> list[Row]:
@@ -168,19 +172,30 @@ def main(
     Console().print(table_of(measured))
 
 
+def _in_onnx(source: str, device: str) -> Matcher | None:
+    try:
+        return load_matcher(f"onnx:{source}", device)
+    except RealFillError as error:
+        if device == "cpu":
+            raise
+        click.echo(f"Without ONNX Runtime: {error}", err=True)
+        return None
+
+
 def prepared(source: str, device: str, *, candidates: int, repeats: int, rows: Path) -> Bench:
     """Matchers and pictures, loaded once."""
     torch_matcher = load_matcher(f"torch:{source}", device)
     assert isinstance(torch_matcher, LoFTRMatcher)
-    onnx_matcher = load_matcher(f"onnx:{source}", device)
-    chosen = load_matcher(source, device)
+    onnx_matcher, chosen = _in_onnx(source, device), load_matcher(source, device)
     seen = pictures(torch_matcher.working_px, candidates)
     place = torch_matcher.device
     return Bench(
         source=source,
         torch_matcher=torch_matcher,
         onnx_matcher=onnx_matcher,
-        matcher=torch_matcher if chosen.name == torch_matcher.name else onnx_matcher,
+        matcher=onnx_matcher
+        if onnx_matcher and chosen.name == onnx_matcher.name
+        else torch_matcher,
         seen=Pictures(
             seen.candidates.to(place), tuple(r.to(place) for r in seen.references), seen.mask
         ),

@@ -58,7 +58,9 @@ def at_working_size(matcher: Matcher, images: Tensor) -> Tensor:
     size = [max(1, round(side * scale / multiple)) * multiple for side in (height, width)]
     grey = images.float()
     if images.shape[1] == 3:
-        grey = (grey * grey.new_tensor(LUMA)[:, None, None]).sum(1, keepdim=True)
+        # By numbers, not by a tensor of them, whose copy a GPU would have to be waited for.
+        red, green, blue = (luma * grey[:, k : k + 1] for k, luma in enumerate(LUMA))
+        grey = red + green + blue
     if size == [height, width]:
         return grey
     grey = F.interpolate(grey, size=size, mode="bilinear", align_corners=False, antialias=True)
