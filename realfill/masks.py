@@ -16,34 +16,45 @@ MARGIN_SHARE = 0.01
 def random_mask(
     generator: torch.Generator, size_px: int, *, complement_share: float = 0.5
 ) -> Tensor:
-    """Draw a training mask: several rectangles, either their union or all but their union.
+    """Draw one training mask, as ``random_masks`` does. [size_px, size_px]"""
+    return random_masks(generator, 1, size_px, complement_share=complement_share)[0]
+
+
+def random_masks(
+    generator: torch.Generator, count: int, size_px: int, *, complement_share: float = 0.5
+) -> Tensor:
+    """Draw training masks: several rectangles, either their union or all but their union.
 
     Between 1 and 29 rectangles have sides of 3 to 25 % of the image and stay 1 % (at least one
     pixel) clear of its border, so a mask is never empty and never full.
 
     Args:
-        generator: Source of every draw; the mask lies on its device.
-        size_px: Side of the square mask, at least 8.
-        complement_share: How often it is all but the rectangles.
+        generator: Source of every draw; the masks lie on its device.
+        count: Number of masks.
+        size_px: Side of the square masks, at least 8.
+        complement_share: How often one is all but the rectangles.
 
     Returns:
-        Mask of zeros and ones. [size_px, size_px]
+        Masks of zeros and ones. [count, size_px, size_px]
 
     Source: RealFill, arXiv:2309.16668, after LaMa, arXiv:2109.07161.
     """
     device = generator.device
-    count = int(torch.randint(1, MAX_RECTANGLES + 1, (1,), generator=generator, device=device))
-    shares = torch.rand(4, count, 1, generator=generator, device=device)
-    complement = torch.rand(1, generator=generator, device=device) < complement_share
+    most = MAX_RECTANGLES
+    drawn = torch.randint(1, most + 1, (count, 1), generator=generator, device=device)
+    shares = torch.rand(4, count, most, 1, generator=generator, device=device)
+    complement = torch.rand(count, 1, 1, generator=generator, device=device) < complement_share
 
     low, high = (max(1, round(share * size_px)) for share in SIDE_SHARE)
     margin = max(1, round(MARGIN_SHARE * size_px))
-    sides = low + (shares[:2] * (high - low + 1)).floor()  # [2, count, 1]
+    sides = low + (shares[:2] * (high - low + 1)).floor()  # [2, count, most, 1]
     starts = margin + (shares[2:] * (size_px - 2 * margin - sides + 1)).floor()
 
     line = torch.arange(size_px, device=device)
-    inside = (line >= starts) & (line < starts + sides)  # [2, count, size_px]
-    union = (inside[0].unsqueeze(2) & inside[1].unsqueeze(1)).any(dim=0)
+    inside = (line >= starts) & (line < starts + sides)  # [2, count, most, size_px]
+    inside &= (torch.arange(most, device=device) < drawn)[..., None]
+    rows, columns = inside.float()
+    union = torch.bmm(rows.mT, columns) > 0
     return (union ^ complement).float()
 
 

@@ -8,13 +8,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderDC
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
 from realfill.nano.photographs import photograph
-from realfill.nano.pool import POOL_PX
-from realfill.nano.stage import Step, learning_rate
+from realfill.nano.pool import crops
+from realfill.nano.stage import RunningLoss, Step, drawn_from, half_precision, learning_rate
 
 LATENT_CHANNELS = 20
 
@@ -41,18 +40,15 @@ def new_autoencoder() -> AutoencoderDC:
     )
 
 
-def _crops(pictures: NDArray[np.uint8], count: int, side: int, rng: np.random.Generator) -> Tensor:
-    """Random crops in [-1, 1], flipped and tinted. [count, 3, side, side]"""
-    out = np.empty((count, side, side, 3), np.uint8)
-    for k in range(count):
-        picture = pictures[rng.integers(len(pictures))]
-        y, x = rng.integers(0, POOL_PX - side + 1, 2)
-        crop = picture[y : y + side, x : x + side]
-        crop = crop[:, ::-1] if rng.random() < 0.5 else crop
-        out[k] = crop.transpose(1, 0, 2) if rng.random() < 0.25 else crop
-    pixels = torch.from_numpy(out).permute(0, 3, 1, 2).float() / 127.5 - 1
-    gain = torch.from_numpy(rng.uniform(0.8, 1.15, (count, 3, 1, 1)).astype(np.float32))
-    return ((pixels + 1) * gain - 1).clamp(-1, 1).contiguous(memory_format=torch.channels_last)
+def _crops(pictures: Tensor, count: int, side: int, generator: torch.Generator) -> Tensor:
+    """Random crops in [-1, 1], mirrored, turned and tinted. [count, 3, side, side]"""
+    device = pictures.device
+    chosen = torch.randint(len(pictures), (count,), generator=generator, device=device)
+    pixels = crops(pictures, chosen, side, generator)
+    turned = torch.rand(count, 1, 1, 1, generator=generator, device=device) < 0.25
+    pixels = torch.where(turned, pixels.mT, pixels)
+    gain = 0.8 + 0.35 * torch.rand(count, 3, 1, 1, generator=generator, device=device)
+    return (2 * pixels * gain - 1).clamp(-1, 1).contiguous(memory_format=torch.channels_last)
 
 
 def _reconstruction_loss(decoded: Tensor, pixels: Tensor) -> Tensor:
@@ -64,43 +60,55 @@ def _reconstruction_loss(decoded: Tensor, pixels: Tensor) -> Tensor:
 
 def train_autoencoder(
     autoencoder: AutoencoderDC,
-    pictures: NDArray[np.uint8],
+    pictures: Tensor,
     checkpoint: Path,
     *,
     steps: int,
     seed: int,
     device: torch.device,
+    batch: int = 32,
 ) -> Iterator[Step]:
-    """Fit the autoencoder to random crops; resumes from ``checkpoint``."""
-    parameters = list(autoencoder.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.99), weight_decay=1e-3)
+    """Fit the autoencoder to random crops; resumes from ``checkpoint``.
+
+    Args:
+        autoencoder: Trained in place.
+        pictures: The pool, on the device. [K, 160, 160, 3], uint8
+        checkpoint: Where training goes on, and what it leaves.
+        steps: In all.
+        seed: Start of every random draw.
+        device: cpu or cuda.
+        batch: Crops of 64 px in a step.
+    """
     autoencoder.to(device, memory_format=torch.channels_last).train()
+    parameters = list(autoencoder.parameters())
+    optimizer = torch.optim.AdamW(
+        parameters, lr=1e-3, betas=(0.9, 0.99), weight_decay=1e-3, fused=device.type == "cuda"
+    )
     begin = _resume(checkpoint, autoencoder, optimizer)
-    running = 0.0
+    running = RunningLoss(0.98)
     for step in range(begin, steps):
-        rng = np.random.default_rng((seed, 2, step))
-        generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-        pixels = _crops(pictures, 32, 64, rng).to(device)
+        generator = drawn_from(seed, 2, step, device=device)
+        pixels = _crops(pictures, batch, 64, generator)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, 1.5e-3)
-        with torch.autocast(device.type, torch.bfloat16):
+        with half_precision(device):
             latents = autoencoder.encode(pixels).latent
             # The denoiser will miss by a little: the decoder must forgive it.
-            noise = torch.randn(latents.shape, generator=generator).to(device)
+            noise = torch.randn(latents.shape, generator=generator, device=device)
             decoded = autoencoder.decode(latents + 0.05 * noise).sample
         loss = _reconstruction_loss(decoded, pixels) + 1e-3 * latents.float().square().mean()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        running = 0.98 * running + 0.02 * loss.item() if running else loss.item()
-        if (step + 1) % 250 == 0 or step + 1 == steps:
+        running.take(loss)
+        if (step + 1) % max(250, steps // 10) == 0 or step + 1 == steps:
             _keep(checkpoint, autoencoder, optimizer, step + 1)
-        yield Step("autoencoder", step + 1, steps, running)
+        yield Step("autoencoder", step + 1, steps, running.value)
 
 
 @torch.no_grad()
-def calibrate(autoencoder: AutoencoderDC, pictures: NDArray[np.uint8], *, seed: int) -> None:
+def calibrate(autoencoder: AutoencoderDC, pictures: Tensor, *, seed: int) -> None:
     """Mix the latent channels so that equal steps in latents are equal steps in pixels.
 
     Trained as it is, an autoencoder spreads what matters evenly over its channels: its latents are
@@ -109,8 +117,8 @@ def calibrate(autoencoder: AutoencoderDC, pictures: NDArray[np.uint8], *, seed: 
     variance of the weakest), and a denoiser learns colours and shapes first. The mixing is linear
     and goes into the weights at both ends, so pictures come back exactly as before.
     """
-    rng = np.random.default_rng((seed, 5))
-    latents = autoencoder.encode(_crops(pictures, 12, 128, rng)).latent
+    generator = drawn_from(seed, 5, 0, device=pictures.device)
+    latents = autoencoder.encode(_crops(pictures, 12, 128, generator)).latent
     gram = sensitivity(autoencoder, latents)
     values, vectors = torch.linalg.eigh(gram.double())
     mix = (vectors * values.clamp(min=values.max() * 1e-5).sqrt()) @ vectors.T

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from diffusers import AutoencoderDC, DDPMScheduler, UNet2DConditionModel
-from numpy.typing import NDArray
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from realfill.base import PROMPT, attention_for_training
-from realfill.masks import latent_mask, random_mask
+from realfill.masks import latent_mask, random_masks
 from realfill.nano.autoencoder import LATENT_CHANNELS
-from realfill.nano.pool import POOL_PX
-from realfill.nano.stage import Step, learning_rate
+from realfill.nano.pool import shrunk, views
+from realfill.nano.stage import RunningLoss, Step, drawn_from, half_precision, learning_rate
 from realfill.nano.tokenizer import byte_tokenizer
 
 SIZE_PX = 128
@@ -116,65 +114,72 @@ class Triples:
     texts: tuple[str, ...]
 
 
-def hole(generator: torch.Generator, size_px: int = SIZE_PX) -> Tensor:
-    """A mask as requests have them: a large hole, rectangles, a missing side, or everything.
+def holes(generator: torch.Generator, count: int, size_px: int = SIZE_PX) -> Tensor:
+    """Masks as requests have them: large holes, rectangles, a missing side, or everything.
 
     Returns:
-        1 where pixels are missing. [H, W]
+        1 where pixels are missing. [count, H, W]
     """
-    kind = float(torch.rand((), generator=generator))
-    if kind < 0.35:
-        return random_mask(generator, size_px)
-    if kind > 0.95:
-        return torch.ones(size_px, size_px)
-    u = torch.rand(5, generator=generator).tolist()
-    rows, columns = torch.arange(size_px)[:, None], torch.arange(size_px)[None, :]
-    if kind > 0.85:
-        strip = (rows if u[0] < 0.5 else columns) < size_px * (0.2 + 0.5 * u[1])
-        mask = strip.expand(size_px, size_px).float()
-        return mask if u[2] < 0.5 else mask.flip(0, 1)
-    height, width = (size_px * (0.2 + 0.5 * v) for v in u[:2])
-    y, x = (u[2] * (size_px - height) + height / 2, u[3] * (size_px - width) + width / 2)
+    device = generator.device
+    kind, *u = torch.rand(6, count, 1, 1, generator=generator, device=device)
+    line = torch.arange(size_px, device=device, dtype=torch.float32)
+    rows, columns = line[:, None], line[None, :]
+    height, width = (size_px * (0.2 + 0.5 * share) for share in u[:2])
+    y = u[2] * (size_px - height) + height / 2
+    x = u[3] * (size_px - width) + width / 2
     down, across = (rows - y).abs() / (height / 2), (columns - x).abs() / (width / 2)
-    inside = (down**2 + across**2 < 1) if u[4] < 0.4 else (torch.maximum(down, across) < 1)
-    return inside.float()
+    round_ = down.square() + across.square() < 1
+    shape = torch.where(u[4] < 0.4, round_, torch.maximum(down, across) < 1)
+    along = torch.where(u[0] < 0.5, rows, columns)
+    along = torch.where(u[2] < 0.5, along, size_px - 1 - along)
+    side = along < size_px * (0.2 + 0.5 * u[1])
+    large = random_masks(generator, count, size_px) > 0
+    mask = torch.where(kind < 0.35, large, torch.where(kind < 0.85, shape, side))
+    return (mask | (kind > 0.95)).float()
 
 
 @torch.no_grad()
 def encode_triples(
     autoencoder: AutoencoderDC,
     captions: Sequence[str],
-    pictures: NDArray[np.uint8],
+    pictures: Tensor,
     count: int,
     *,
     seed: int,
-    device: torch.device,
     batch: int = 50,
 ) -> Iterator[tuple[int, Triples | None]]:
-    """Crop, mask and encode once what training draws from; the last yield has the whole."""
+    """Crop, mask and encode what training draws from; the last yield has the whole.
+
+    Args:
+        autoencoder: Calibrated, where the pictures are.
+        captions: Of the pictures.
+        pictures: The pool. [K, 160, 160, 3], uint8
+        count: Number of triples.
+        seed: Start of every random draw.
+        batch: How many are encoded at once.
+
+    Yields:
+        How many are encoded, and in the end all of them, on the pictures' device.
+    """
+    device = pictures.device
     texts = (*sorted(set(captions)), PROMPT, "")
-    number = {text: index for index, text in enumerate(texts)}
-    rng, generator = np.random.default_rng((seed, 3)), torch.Generator().manual_seed(seed)
+    number = torch.tensor([texts.index(caption) for caption in captions], device=device)
+    small = shrunk(pictures, SIZE_PX)
     latents, masked, masks, prompts = [], [], [], []
-    autoencoder.to(device, memory_format=torch.channels_last).eval()
     for start in range(0, count, batch):
         size = min(batch, count - start)
-        chosen = rng.integers(len(pictures), size=size)
-        corners = rng.integers(0, POOL_PX - SIZE_PX + 1, (size, 2))
-        crops = [
-            pictures[k][y : y + SIZE_PX, x : x + SIZE_PX][:, :: rng.choice((-1, 1))]
-            for k, (y, x) in zip(chosen, corners, strict=True)
-        ]
-        pixels = torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).float() / 127.5 - 1
-        holes = torch.stack([hole(generator) for _ in range(size)])[:, None]
-        both = torch.cat([pixels, pixels * (1 - holes)]).to(device)
-        with torch.autocast(device.type, torch.bfloat16):
+        generator = drawn_from(seed, 3, start, device=device)
+        chosen = torch.randint(len(pictures), (size,), generator=generator, device=device)
+        pixels = 2 * views(pictures, small, chosen, generator) - 1
+        missing = holes(generator, size)[:, None]
+        both = torch.cat([pixels, pixels * (1 - missing)])
+        with half_precision(device):
             encoded = autoencoder.encode(both.contiguous(memory_format=torch.channels_last)).latent
-        whole, greyed = encoded.half().cpu().chunk(2)
+        whole, greyed = encoded.half().chunk(2)
         latents.append(whole)
         masked.append(greyed)
-        masks.append(latent_mask(holes, CELL_PX).half())
-        prompts.append(torch.tensor([number[captions[k]] for k in chosen]))
+        masks.append(latent_mask(missing, CELL_PX).half())
+        prompts.append(number[chosen])
         if start + size < count:
             yield start + size, None
     yield (
@@ -192,45 +197,72 @@ def encode_triples(
 def train_denoiser(
     unet: UNet2DConditionModel,
     text_encoder: CLIPTextModel,
-    triples: Triples,
+    encode: Callable[[int], Iterator[tuple[int, Triples | None]]],
     checkpoint: Path,
     *,
     steps: int,
+    rounds: int,
     seed: int,
     device: torch.device,
     batch: int = 16,
+    peak: float = 6e-4,
+    layout: torch.memory_format = torch.channels_last,
 ) -> Iterator[Step]:
     """Fit U-Net and text encoder; after the last step both hold the averaged weights.
 
     The averaged weights are also in the checkpoint, under ``average``, while training goes on.
+
+    Args:
+        unet: Trained in place.
+        text_encoder: Likewise.
+        encode: Makes the triples of a round, given its number, as ``encode_triples`` does.
+        checkpoint: Where training goes on, and what it leaves.
+        steps: In all.
+        rounds: How often new triples are encoded.
+        seed: Start of every random draw.
+        device: cpu or cuda.
+        batch: Triples in a step.
+        peak: Highest learning rate.
+        layout: Of the U-Net's weights and inputs; which is quicker depends on the device.
     """
     modules = torch.nn.ModuleDict({"unet": unet, "text_encoder": text_encoder}).to(device).train()
-    unet.to(memory_format=torch.channels_last)
+    unet.to(memory_format=layout)
     parameters = list(modules.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=5e-4, betas=(0.9, 0.99), weight_decay=1e-2)
+    optimizer = torch.optim.AdamW(
+        parameters, lr=peak, betas=(0.9, 0.99), weight_decay=1e-2, fused=device.type == "cuda"
+    )
     average = [p.detach().clone() for p in parameters]
     begin = _resume(checkpoint, modules, optimizer, average)
     scheduler = new_scheduler()
-    tokens = byte_tokenizer()(
-        list(triples.texts), padding="max_length", max_length=77, return_tensors="pt"
-    ).input_ids.to(device)
-    running = 0.0
+    running = RunningLoss(0.99)
+    triples, encoded_round = None, -1
+    tokens = torch.empty(0)
     for step in range(begin, steps):
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        if (now := step * rounds // steps) != encoded_round:
+            # Freed first: a GPU holds one round's triples, not two.
+            triples, encoded_round = None, now
+            for done, triples in encode(now):
+                yield Step("encoding", done, done if triples else done + 1, 0.0)
+            assert triples is not None
+            tokens = byte_tokenizer()(
+                list(triples.texts), padding="max_length", max_length=77, return_tensors="pt"
+            ).input_ids.to(device)
+        assert triples is not None
+        generator = drawn_from(seed, 4, step, device=device)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, 6e-4)
+            group["lr"] = learning_rate(step, steps, peak)
         with attention_for_training(unet):
-            loss = _loss(modules, scheduler, triples, tokens, generator, batch, device)
+            loss = _loss(modules, scheduler, triples, tokens, generator, batch, layout)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         decay = min(0.9985, (step + 1) / (step + 10))
         torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - decay)
-        running = 0.99 * running + 0.01 * loss.item() if running else loss.item()
-        if (step + 1) % 200 == 0 or step + 1 == steps:
+        running.take(loss)
+        if (step + 1) % max(200, steps // 20) == 0 or step + 1 == steps:
             _keep(checkpoint, modules, optimizer, average, step + 1)
-        yield Step("denoiser", step + 1, steps, running)
+        yield Step("denoiser", step + 1, steps, running.value)
     # Also where a finished run is only read back.
     adopt(modules, average)
 
@@ -242,27 +274,28 @@ def _loss(
     tokens: Tensor,
     generator: torch.Generator,
     batch: int,
-    device: torch.device,
+    layout: torch.memory_format,
 ) -> Tensor:
     """v-prediction error; the hole weighs five times as much as the rest."""
-    chosen = torch.randint(len(triples.latents), (batch,), generator=generator)
+    device = triples.latents.device
+
+    def share() -> Tensor:
+        return torch.rand(batch, generator=generator, device=device)
+
+    chosen = torch.randint(len(triples.latents), (batch,), generator=generator, device=device)
     latents, masked, masks = (
-        part[chosen].float().to(device) for part in (triples.latents, triples.masked, triples.masks)
+        part[chosen].float() for part in (triples.latents, triples.masked, triples.masks)
     )
-    captions = triples.captions[chosen]
-    fate = torch.rand(batch, generator=generator)
-    captions[fate < 0.5] = len(triples.texts) - 2
-    captions[fate < 0.1] = len(triples.texts) - 1
+    fate, named, prompt = share(), triples.captions[chosen], len(triples.texts) - 2
+    captions = torch.where(fate < 0.1, prompt + 1, torch.where(fate < 0.5, prompt, named))
     # Noisy steps decide what fills a hole, so they are drawn more often.
-    share = torch.rand(batch, generator=generator).sqrt()
-    timesteps = (share * 1000).long().clamp(max=999).to(device)
-    noise = torch.randn(latents.shape, generator=generator).to(device)
+    timesteps = (share().sqrt() * 1000).long().clamp(max=999)
+    noise = torch.randn(latents.shape, generator=generator, device=device)
     noisy = scheduler.add_noise(latents, noise, timesteps)
     velocity = scheduler.get_velocity(latents, noise, timesteps)
-    distinct, place = captions.unique(return_inverse=True)
-    stacked = torch.cat([noisy, masks, masked], 1).contiguous(memory_format=torch.channels_last)
-    with torch.autocast(device.type, torch.bfloat16):
-        prompts = modules["text_encoder"](tokens[distinct.to(device)])[0][place.to(device)]
+    stacked = torch.cat([noisy, masks, masked], 1).contiguous(memory_format=layout)
+    with half_precision(device):
+        prompts = modules["text_encoder"](tokens)[0][captions]
         predicted = modules["unet"](stacked, timesteps, prompts).sample
     weights = 0.2 + 0.8 * masks
     error = (predicted.float() - velocity).square().mean(1, keepdim=True)

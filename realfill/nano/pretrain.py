@@ -1,18 +1,21 @@
 """The recipe of nano: every stage from nothing to the weights in the package.
 
-Pictures, autoencoder, calibrated latents, denoiser with text encoder, decoder polish, matcher,
-export. Each stage keeps checkpoints in the work folder and goes on from them; the same seed and
-versions give the same weights.
+Pictures, autoencoder, calibrated latents, denoiser with text encoder, matcher, export. Each stage
+keeps checkpoints in the work folder and goes on from them; the same seed and versions on the same
+kind of device give the same weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import AutoencoderDC
+from numpy.typing import NDArray
+from torch import Tensor
 
 from realfill.base import NANO_FOLDER, PAPER_TEXT_MODULES, Base, fingerprint_of, save_base
 from realfill.nano.autoencoder import (
@@ -38,13 +41,49 @@ from realfill.nano.tokenizer import byte_tokenizer
 from realfill.rank.matching import NANO_WEIGHTS
 from realfill.sheet import contact_sheet
 
-DRAWN, PHOTOGRAPHED = 3000, 1500
+DRAWN, PHOTOGRAPHED = 8000, 8000
 # Few steps stay near the mean of what is likely: from a denoiser this small, that is closer to the
 # truth than the texture that more of them add (docs/training.md).
 SAMPLER, STEPS = "ddim", 2
-AUTOENCODER_STEPS, DENOISER_STEPS, MATCHER_STEPS = 8000, 8000, 3000
-TRIPLES = 20_000
 LICENCE = "Apache-2.0; trained from nothing on drawn images and scikit-image's bundled photographs"
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long the stages train.
+
+    Attributes:
+        autoencoder_steps: Each of ``autoencoder_batch`` crops.
+        autoencoder_batch: Crops of 64 px.
+        triples: Encoded at once.
+        rounds: How often others are encoded.
+        denoiser_steps: Each of ``denoiser_batch`` triples.
+        denoiser_batch: Triples.
+        denoiser_rate: Highest learning rate.
+        matcher_steps: Each of ``matcher_batch`` pairs.
+        matcher_batch: Pairs.
+    """
+
+    autoencoder_steps: int
+    autoencoder_batch: int
+    triples: int
+    rounds: int
+    denoiser_steps: int
+    denoiser_batch: int
+    denoiser_rate: float
+    matcher_steps: int
+    matcher_batch: int
+
+    def scaled(self, scale: float) -> Effort:
+        """A share of the steps and triples, at least two of each."""
+        names = ("autoencoder_steps", "triples", "denoiser_steps", "matcher_steps")
+        return replace(self, **{name: max(2, round(getattr(self, name) * scale)) for name in names})
+
+
+EFFORTS = {
+    "cpu": Effort(8000, 32, 20_000, 1, 8000, 16, 6e-4, 3000, 4),
+    "cuda": Effort(8000, 256, 65_536, 12, 10_000, 256, 1e-3, 6000, 64),
+}
 
 
 def rebuild(
@@ -60,58 +99,75 @@ def rebuild(
         scale: Share of the recipe's steps and pictures, for trials.
     """
     place = torch.device(device)
-
-    def share(count: int) -> int:
-        return max(2, round(count * scale))
-
+    effort = EFFORTS[place.type].scaled(scale)
     work.mkdir(parents=True, exist_ok=True)
-    captions, pictures = picture_pool(
-        work, drawn=share(DRAWN), photographed=share(PHOTOGRAPHED), seed=seed
-    )
-    torch.manual_seed(seed)
-    autoencoder = new_autoencoder()
-    yield from train_autoencoder(
-        autoencoder,
-        pictures,
-        work / "autoencoder.pt",
-        steps=share(AUTOENCODER_STEPS),
-        seed=seed,
-        device=place,
-    )
-    _calibrated(autoencoder, pictures, work / "calibrated.pt", seed)
-    triples: Triples | None = None
-    for done, encoded in encode_triples(
-        autoencoder, captions, pictures, share(TRIPLES), seed=seed, device=place
-    ):
-        triples = encoded
-        yield Step("encoding", done, share(TRIPLES), 0.0)
-    assert triples is not None
-    torch.manual_seed(seed + 1)
-    unet, text_encoder = new_denoiser(), new_text_encoder()
-    yield from train_denoiser(
-        unet,
-        text_encoder,
-        triples,
-        work / "denoiser.pt",
-        steps=share(DENOISER_STEPS),
-        seed=seed,
-        device=place,
-    )
+    drawn, photographed = (max(2, round(count * scale)) for count in (DRAWN, PHOTOGRAPHED))
+    captions, pictures = picture_pool(work, drawn=drawn, photographed=photographed, seed=seed)
+    base = yield from rebuild_base(work, captions, pictures, effort, place=place, seed=seed)
     matcher = new_matcher(seed=seed)
-    pool, sharp = worlds(pictures, seed=seed)
+    # Without the photographs: no two of the matcher's worlds may show the same place.
+    pool, sharp = worlds(pictures[:drawn], seed=seed)
     yield from train_matcher(
         matcher,
         pool,
         sharp,
         work / "matcher.pt",
-        steps=share(MATCHER_STEPS),
+        steps=effort.matcher_steps,
         seed=seed,
         device=place,
+        batch=effort.matcher_batch,
     )
-    base = assemble(autoencoder, unet, text_encoder)
     save_base(base, (out or NANO_FOLDER.parent) / "base")
     export_matcher(matcher, (out / "loftr.safetensors") if out else NANO_WEIGHTS)
     _sample_sheet(base, work / "autoencoder.png")
+
+
+def rebuild_base(
+    work: Path,
+    captions: Sequence[str],
+    pictures: NDArray[np.uint8],
+    effort: Effort,
+    *,
+    place: torch.device,
+    seed: int,
+) -> Generator[Step, None, Base]:
+    """Autoencoder, calibration and denoiser; returns the base that they make."""
+    pool = torch.from_numpy(pictures).to(place)
+    torch.manual_seed(seed)
+    autoencoder = new_autoencoder()
+    yield from train_autoencoder(
+        autoencoder,
+        pool,
+        work / "autoencoder.pt",
+        steps=effort.autoencoder_steps,
+        batch=effort.autoencoder_batch,
+        seed=seed,
+        device=place,
+    )
+    _calibrated(autoencoder, pool, work / "calibrated.pt", seed)
+    torch.manual_seed(seed + 1)
+    unet, text_encoder = new_denoiser(), new_text_encoder()
+
+    def encode(number: int) -> Iterator[tuple[int, Triples | None]]:
+        batch = 50 if place.type == "cpu" else 1024
+        start = seed * 1000 + number
+        yield from encode_triples(
+            autoencoder, captions, pool, effort.triples, seed=start, batch=batch
+        )
+
+    yield from train_denoiser(
+        unet,
+        text_encoder,
+        encode,
+        work / "denoiser.pt",
+        steps=effort.denoiser_steps,
+        rounds=effort.rounds,
+        batch=effort.denoiser_batch,
+        peak=effort.denoiser_rate,
+        seed=seed,
+        device=place,
+    )
+    return assemble(autoencoder, unet, text_encoder)
 
 
 def assemble(
@@ -138,7 +194,7 @@ def assemble(
     )
 
 
-def _calibrated(autoencoder: AutoencoderDC, pictures: np.ndarray, kept: Path, seed: int) -> None:
+def _calibrated(autoencoder: AutoencoderDC, pictures: Tensor, kept: Path, seed: int) -> None:
     autoencoder.eval()
     if not kept.exists():
         calibrate(autoencoder, pictures, seed=seed)

@@ -127,7 +127,9 @@ class CoarseLoFTR(nn.Module):
     def similarity(self, tokens0: Tensor, tokens1: Tensor) -> Tensor:
         """Logits of every cell of image 0 with every cell of image 1, for training. [N, L, S]"""
         tokens0, tokens1 = self.met(tokens0, tokens1)
-        return tokens0 @ tokens1.transpose(1, 2) * self.scale
+        # In float32: bfloat16 rounds a logit of 20 to eighths.
+        with torch.autocast(tokens0.device.type, enabled=False):
+            return tokens0 @ tokens1.transpose(1, 2) * self.scale
 
 
 class _SteadyAttention(nn.Module):
