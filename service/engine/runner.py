@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import threading
 import time
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from realfill.base import Base
 from realfill.complete.pipeline import conditions
 from realfill.complete.samplers import Sampler, advance, noise_for, sampler
-from service.engine.attention import Attention, choose_attention
+from service.engine.attention import Attention, choose_attention, xformers_obstacle
 from service.engine.buckets import Buckets
 from service.engine.cores import Crew, crew_for
 from service.engine.fused import FusedWeights
@@ -54,8 +53,8 @@ class Runner:
 
     Args:
         base: Becomes the runner's own until ``release``.
-        attention: xformers, sdpa, cudnn (SDPA by cuDNN alone), or auto for xformers where CUDA and
-            the package are there.
+        attention: xformers, sdpa, cudnn (SDPA by cuDNN alone), or auto for xformers where it runs
+            on CUDA.
         max_samples: Most samples in one U-Net call.
         application: fused (whole weights per scene), segmented (low-rank terms beside the base's
             weights), or auto for the one that suits the device.
@@ -85,9 +84,10 @@ class Runner:
             raise ValueError(f"max_samples is {max_samples}; use 1 or more")
         self.base = base
         self.max_samples = max_samples
-        self.attention = choose_attention(
-            attention, base.device.type, installed=importlib.util.find_spec("xformers") is not None
-        )
+        obstacle = None
+        if attention in ("auto", "xformers"):
+            obstacle = xformers_obstacle(base.device, base.dtype)
+        self.attention = choose_attention(attention, base.device.type, obstacle=obstacle)
         if self.attention == "xformers":
             base.unet.enable_xformers_memory_efficient_attention()
         exact = is_exact(base.device, base.dtype)

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from realfill.base import Base
 from realfill.complete.samplers import noise_for
-from service.engine.attention import Attention, choose_attention
 from service.engine.job import Job
 from service.engine.runner import Runner
 from service.errors import Cancelled
@@ -213,34 +212,3 @@ def test_job_that_does_not_fit_the_base_is_refused(base: Base) -> None:
         job_for(base, digest="a")
     with pytest.raises(ValueError, match="use 1 or more"):
         Runner(base, max_samples=0)
-
-
-@pytest.mark.parametrize(
-    ("setting", "device", "installed", "chosen"),
-    [
-        ("auto", "cuda", True, "xformers"),
-        ("auto", "cuda", False, "sdpa"),
-        ("auto", "cpu", True, "sdpa"),
-        ("sdpa", "cuda", True, "sdpa"),
-        ("xformers", "cuda", True, "xformers"),
-        ("cudnn", "cuda", True, "cudnn"),
-    ],
-)
-def test_attention_follows_setting_device_and_installation(
-    setting: Attention, device: str, installed: bool, chosen: str
-) -> None:
-    """xformers runs on CUDA where it is installed, unless SDPA is asked for."""
-    assert choose_attention(setting, device, installed=installed) == chosen
-
-
-def test_xformers_that_cannot_run_is_refused_with_the_remedy() -> None:
-    """Asking for xformers without the package, or without CUDA, says what to install or set."""
-    with pytest.raises(ValueError, match=r"not installed; pip install 'realfill-serve\[gpu\]'"):
-        choose_attention("xformers", "cuda", installed=False)
-    with pytest.raises(ValueError, match="the base is on cpu"):
-        choose_attention("xformers", "cpu", installed=True)
-    with pytest.raises(ValueError, match="'cudnn', but the base is on cpu"):
-        choose_attention("cudnn", "cpu", installed=True)
-    unknown: Any = "flash"
-    with pytest.raises(ValueError, match="'flash'; use one of"):
-        choose_attention(unknown, "cpu", installed=True)
