@@ -85,7 +85,7 @@ def train_autoencoder(
         parameters, lr=1e-3, betas=(0.9, 0.99), weight_decay=1e-3, fused=device.type == "cuda"
     )
     begin = _resume(checkpoint, autoencoder, optimizer)
-    running = RunningLoss(0.98)
+    running = RunningLoss("autoencoder", 0.98, step=begin)
     for step in range(begin, steps):
         generator = drawn_from(seed, 2, step, device=device)
         pixels = _crops(pictures, batch, 64, generator)
@@ -103,6 +103,7 @@ def train_autoencoder(
         optimizer.step()
         running.take(loss)
         if (step + 1) % max(250, steps // 10) == 0 or step + 1 == steps:
+            running.read()
             _keep(checkpoint, autoencoder, optimizer, step + 1)
         yield Step("autoencoder", step + 1, steps, running.value)
 

@@ -234,7 +234,7 @@ def train_denoiser(
     average = [p.detach().clone() for p in parameters]
     begin = _resume(checkpoint, modules, optimizer, average)
     scheduler = new_scheduler()
-    running = RunningLoss(0.99)
+    running = RunningLoss("denoiser", 0.99, step=begin)
     triples, encoded_round = None, -1
     tokens = torch.empty(0)
     for step in range(begin, steps):
@@ -261,6 +261,7 @@ def train_denoiser(
         torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - decay)
         running.take(loss)
         if (step + 1) % max(200, steps // 20) == 0 or step + 1 == steps:
+            running.read()
             _keep(checkpoint, modules, optimizer, average, step + 1)
         yield Step("denoiser", step + 1, steps, running.value)
     # Also where a finished run is only read back.

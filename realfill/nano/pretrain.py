@@ -34,8 +34,9 @@ from realfill.nano.denoiser import (
     new_text_encoder,
     train_denoiser,
 )
+from realfill.nano.pairs import worlds
 from realfill.nano.pool import picture_pool
-from realfill.nano.pretrain_matcher import export_matcher, new_matcher, train_matcher, worlds
+from realfill.nano.pretrain_matcher import export_matcher, new_matcher, train_matcher
 from realfill.nano.stage import Step
 from realfill.nano.tokenizer import byte_tokenizer
 from realfill.rank.matching import NANO_WEIGHTS

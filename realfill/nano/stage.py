@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from realfill.adapt.training import training_dtype
+from realfill.errors import TrainingDiverged
 
 # A GPU is asked for the loss, and so waited for, once in so many steps.
 READ_EVERY = 25
@@ -46,20 +47,48 @@ def drawn_from(seed: int, stage: int, step: int, *, device: torch.device) -> tor
 
 
 class RunningLoss:
-    """A running mean of the loss, which a GPU need not be waited for at every step.
+    """A running mean of a stage's loss, which a GPU need not be waited for at every step.
 
     Args:
+        stage: What is trained.
         keep: How much of the mean is kept at each step.
+        step: Steps that were made before.
+        mean: Of those, where it was kept.
+
+    Attributes:
+        value: The mean when it was read last.
     """
 
-    def __init__(self, keep: float) -> None:
-        self.value = 0.0
-        self._keep, self._mean, self._taken = keep, torch.zeros(()), 0
+    def __init__(
+        self, stage: str, keep: float, *, step: int = 0, mean: float | None = None
+    ) -> None:
+        self.value = mean or 0.0
+        self._stage, self._keep, self._step = stage, keep, step
+        self._mean = None if mean is None else torch.tensor(mean)
 
     def take(self, loss: Tensor) -> None:
-        """Take one step's loss in."""
-        mean = loss.detach()
-        self._mean = torch.lerp(mean, self._mean, self._keep) if self._taken else mean
-        if self._mean.device.type == "cpu" or self._taken % READ_EVERY == 0:
-            self.value = float(self._mean)
-        self._taken += 1
+        """Take one step's loss in.
+
+        Raises:
+            TrainingDiverged: As ``read``.
+        """
+        latest = loss.detach()
+        before = latest if self._mean is None else self._mean.to(latest.device)
+        self._mean = torch.lerp(latest, before, self._keep)
+        self._step += 1
+        if latest.device.type == "cpu" or self._step % READ_EVERY == 0:
+            self.read()
+
+    def read(self) -> float:
+        """The mean now. Asked before weights are kept, so that none are that have diverged.
+
+        Raises:
+            TrainingDiverged: It is not finite.
+        """
+        self.value = self.value if self._mean is None else float(self._mean)
+        if not math.isfinite(self.value):
+            raise TrainingDiverged(
+                f"the loss of stage {self._stage} is {self.value} at step {self._step}; lower its "
+                "learning rate in realfill/nano/pretrain.py, delete its checkpoint and start again"
+            )
+        return self.value

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from realfill.base import load_base
+from realfill.errors import TrainingDiverged
 from realfill.nano.autoencoder import (
     calibrate,
     motorcycle_crops,
@@ -19,7 +20,7 @@ from realfill.nano.autoencoder import (
 from realfill.nano.denoiser import holes, new_denoiser
 from realfill.nano.pool import picture_pool
 from realfill.nano.pretrain import rebuild
-from realfill.nano.stage import learning_rate
+from realfill.nano.stage import RunningLoss, learning_rate
 from realfill.nano.tokenizer import byte_tokenizer
 
 
@@ -78,6 +79,19 @@ def test_learning_rate_warms_up_and_falls() -> None:
     assert rates[0] == pytest.approx(0.01)
     assert max(rates) == pytest.approx(1.0, abs=0.01)
     assert rates[-1] == pytest.approx(0.01, abs=0.001)
+
+
+def test_a_loss_that_is_not_finite_ends_a_stage_before_its_weights_are_kept() -> None:
+    """The mean starts with the first loss, goes on from what was kept, and is never NaN."""
+    running = RunningLoss("denoiser", 0.9)
+    for loss in (2.0, 1.0):
+        running.take(torch.tensor(loss))
+    assert running.value == pytest.approx(1.9)
+    resumed = RunningLoss("denoiser", 0.9, step=2, mean=running.read())
+    resumed.take(torch.tensor(1.9))
+    assert resumed.value == pytest.approx(1.9)
+    with pytest.raises(TrainingDiverged, match=r"stage denoiser is nan at step 4; lower"):
+        resumed.take(torch.tensor(float("nan")))
 
 
 def test_tokenizer_knows_every_byte() -> None:
