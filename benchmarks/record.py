@@ -10,7 +10,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -204,6 +204,22 @@ def findings(rows: Iterable[Row]) -> list[Finding]:
             )
         )
     return found
+
+
+def table_of(rows: Sequence[Row]) -> Table:
+    """The rows, beside their targets and peers."""
+    table = Table(title=f"{rows[0].device}, {rows[0].machine}", title_justify="left")
+    for heading in ("row", "value", "target", "ratio", "peer"):
+        table.add_column(heading, justify="right" if heading in ("value", "target") else "left")
+    for row in rows:
+        table.add_row(
+            row.name,
+            f"{row.value:.4g} {row.unit}",
+            "" if row.target is None else f"{row.target:g}",
+            "" if row.ratio is None else f"{row.ratio:.3g}x",
+            row.peer or "",
+        )
+    return table
 
 
 def _table(found: list[Finding]) -> Table:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,6 @@ from typing import Any
 import click
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from benchmarks.engine import peers, swaps
 from benchmarks.engine.limits import flops_per_sample_step, peak_flops_per_s
@@ -29,7 +28,7 @@ from benchmarks.engine.peers import measure_hotswap, measure_infer, measure_mixe
 from benchmarks.engine.rates import compare, compare_compiled, job_of, sample_steps_per_s
 from benchmarks.engine.swaps import measure_swaps
 from benchmarks.engine.timing import alone, idle_team, quantile, repeated
-from benchmarks.record import ROWS, Row, record
+from benchmarks.record import ROWS, Row, record, table_of
 from realfill.base import Base, load_base
 from realfill.errors import RealFillError
 from service.engine import Runner
@@ -324,22 +323,6 @@ PARTS: dict[str, Callable[[Bench], list[Row]]] = {
     "service": bench_service,
     "compiled": bench_compiled,
 }
-
-
-def table_of(rows: Sequence[Row]) -> Table:
-    """The rows, beside their targets and peers."""
-    table = Table(title=f"{rows[0].device}, {rows[0].machine}", title_justify="left")
-    for heading in ("row", "value", "target", "ratio", "peer"):
-        table.add_column(heading, justify="right" if heading in ("value", "target") else "left")
-    for row in rows:
-        table.add_row(
-            row.name,
-            f"{row.value:.4g} {row.unit}",
-            "" if row.target is None else f"{row.target:g}",
-            "" if row.ratio is None else f"{row.ratio:.3g}x",
-            row.peer or "",
-        )
-    return table
 
 
 @click.command()

@@ -12,12 +12,11 @@ import click
 import torch
 from rich.console import Console
 
-from benchmarks.engine.__main__ import table_of
 from benchmarks.engine.timing import quantile, repeated
 from benchmarks.ranking import peer
 from benchmarks.ranking.memory import peak_bytes
 from benchmarks.ranking.pictures import Pictures, pictures
-from benchmarks.record import ROWS, Row, record
+from benchmarks.record import ROWS, Row, record, table_of
 from realfill.errors import RealFillError
 from realfill.nano.stereo import check_stereo
 from realfill.rank import Matcher, Ranking, load_matcher, prepare_references, rank_candidates
