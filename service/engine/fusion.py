@@ -1,4 +1,4 @@
-"""Group norms of a U-Net on a GPU in one pass, in residual blocks with the SiLU behind them."""
+"""A U-Net on a GPU: group norms in one pass with the SiLU behind them, and one layout kept."""
 
 from __future__ import annotations
 
@@ -36,11 +36,41 @@ def silu_of_timesteps(x: Tensor) -> Tensor:
     return x if x.dim() == 4 else F.silu(x)
 
 
+@dataclass
+class KeptLayout:
+    """How a transformer's tokens become pictures again, laid out as they lie: channels last.
+
+    diffusers' own way copies them to channels first, for a residual block that would turn them
+    back, and adds the residual, which lies otherwise, element by element.
+    """
+
+    transformer: Transformer2DModel
+
+    def __call__(
+        self,
+        hidden_states: Tensor,
+        residual: Tensor,
+        batch_size: int,
+        height: int,
+        width: int,
+        inner_dim: int,
+    ) -> Tensor:
+        """Pictures of tokens [N, h * w, C], with the residual added. [N, C, h, w]"""
+        project = self.transformer.proj_out
+        tokens = project(hidden_states) if self.transformer.use_linear_projection else hidden_states
+        pictures = tokens.reshape(batch_size, height, width, inner_dim).permute(0, 3, 1, 2)
+        if not self.transformer.use_linear_projection:
+            pictures = project(pictures)
+        summed: Tensor = pictures + residual
+        return summed
+
+
 def install_fusion(unet: UNet2DConditionModel) -> Installed:
     """Fuse all pairs of group norm and SiLU, until they are released.
 
     The norms before attention have none. There the gain is the layout: torch's own would turn
-    channels-last features round, and they would be turned back for the linear layer behind.
+    channels-last features round, and they would be turned back for the linear layer behind. For
+    the same reason what leaves a transformer keeps its layout.
     """
     installed = Installed()
     for block in unet.modules():
@@ -51,6 +81,7 @@ def install_fusion(unet: UNet2DConditionModel) -> Installed:
             installed.install(block.nonlinearity, silu_of_timesteps)
         if isinstance(block, Transformer2DModel) and isinstance(block.norm, nn.GroupNorm):
             installed.install(block.norm, FusedNorm(block.norm, silu=False))
+            installed.install(block, KeptLayout(block), "_get_output_for_continuous_inputs")
     if isinstance(unet.conv_norm_out, nn.GroupNorm) and isinstance(unet.conv_act, nn.SiLU):
         installed.install(unet.conv_norm_out, FusedNorm(unet.conv_norm_out))
         installed.install(unet.conv_act, silu_of_timesteps)

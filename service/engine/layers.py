@@ -232,20 +232,24 @@ class PiecewiseBlock:
 
 @dataclass
 class Installed:
-    """Layers of a network that compute in another way until they are released."""
+    """Modules of a network that compute in another way until they are released.
 
-    modules: list[nn.Module] = field(default_factory=list)
+    Attributes:
+        methods: Which methods of which modules were replaced.
+    """
 
-    def install(self, module: nn.Module, forward: object) -> None:
-        """Let a module compute by ``forward`` from now on."""
-        module.forward = forward  # type: ignore[assignment]  # what it computes, not what it is
-        self.modules.append(module)
+    methods: list[tuple[nn.Module, str]] = field(default_factory=list)
+
+    def install(self, module: nn.Module, way: object, method: str = "forward") -> None:
+        """Let a module's method go another way from now on."""
+        setattr(module, method, way)
+        self.methods.append((module, method))
 
     def release(self) -> None:
         """Give every module its own way back."""
-        for module in self.modules:
-            module.__dict__.pop("forward", None)
-        self.modules.clear()
+        for module, method in self.methods:
+            module.__dict__.pop(method, None)
+        self.methods.clear()
 
 
 def install_exact(network: nn.Module, besides: Sequence[nn.Module] = ()) -> Installed:

@@ -39,7 +39,8 @@ AT_ONCE = 8
 # Samples of one scene from which a call of their own is no slower than one with other scenes beside
 # them: before there was a crew, on two CPU cores with nano, two scenes of eight took 158 ms a step
 # apart and 162 ms together. Where a crew shares the batches, scenes never run apart, which would be
-# slower for eight, four and two of each (rows engine.apart_ms.*). On a GPU an estimate.
+# slower for eight, four and two of each (rows engine.apart_ms.*). On an H200 with SD 2 eight are a
+# tie and four are slower (rows engine.apart_ms.*.cuda).
 SPLIT_FROM = 8
 
 

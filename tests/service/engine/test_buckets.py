@@ -6,11 +6,12 @@ import dataclasses
 
 import pytest
 import torch
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
 
 from realfill.base import Base
 from service.engine import Engine
 from service.engine.buckets import bucket_sizes
-from service.engine.fusion import install_fusion
+from service.engine.fusion import KeptLayout, install_fusion
 from service.engine.runner import Application, Runner
 from tests.service.engine.test_lane import WAIT_S
 from tests.service.engine.test_lane import job_for as lane_job
@@ -74,11 +75,35 @@ def test_fused_norms_change_nothing_but_roundings(base: Base) -> None:
     plain = base.unet(*inputs).sample
     installed = install_fusion(base.unet)
     # Two in each of the eight residual blocks with their shared SiLU, one in each of the four
-    # transformers, and the last of all.
-    assert len(installed.modules) == 3 * 8 + 4 + 2
+    # transformers with its way out, and the last of all.
+    assert len(installed.methods) == 3 * 8 + 2 * 4 + 2
     torch.testing.assert_close(base.unet(*inputs).sample, plain, rtol=1e-4, atol=1e-4)
     installed.release()
     assert torch.equal(base.unet(*inputs).sample, plain)
+
+
+@torch.no_grad()
+def test_what_leaves_a_transformer_lies_as_what_enters_it(base: Base) -> None:
+    """Channels last, and the same numbers as before; diffusers' own way lets them lie otherwise."""
+    unet = base.unet.to(memory_format=torch.channels_last)
+    transformers = [m for m in unet.modules() if isinstance(m, Transformer2DModel)]
+    assert transformers
+    for transformer in transformers:
+        pictures = torch.randn(2, transformer.in_channels, 4, 4)
+        pictures = pictures.contiguous(memory_format=torch.channels_last)
+        prompts = torch.randn(2, 77, 16)
+        plain = transformer(pictures, prompts, return_dict=False)[0]
+        tokens = torch.randn(2, 16, transformer.proj_out.in_features)
+        given = (tokens, pictures, 2, 4, 4, tokens.shape[-1])
+        theirs = transformer._get_output_for_continuous_inputs(*given)
+        ours = KeptLayout(transformer)(*given)
+        assert torch.equal(ours, theirs)
+        assert ours.is_contiguous(memory_format=torch.channels_last)
+        installed = install_fusion(unet)
+        kept = transformer(pictures, prompts, return_dict=False)[0]
+        installed.release()
+        assert kept.is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(kept, plain, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.gpu
