@@ -16,46 +16,65 @@ MARGIN_SHARE = 0.01
 def random_mask(
     generator: torch.Generator, size_px: int, *, complement_share: float = 0.5
 ) -> Tensor:
-    """Draw one training mask, as ``random_masks`` does. [size_px, size_px]"""
-    return random_masks(generator, 1, size_px, complement_share=complement_share)[0]
-
-
-def random_masks(
-    generator: torch.Generator, count: int, size_px: int, *, complement_share: float = 0.5
-) -> Tensor:
-    """Draw training masks: several rectangles, either their union or all but their union.
+    """Draw a training mask: several rectangles, either their union or all but their union.
 
     Between 1 and 29 rectangles have sides of 3 to 25 % of the image and stay 1 % (at least one
     pixel) clear of its border, so a mask is never empty and never full.
 
     Args:
-        generator: Source of every draw; the masks lie on its device.
-        count: Number of masks.
-        size_px: Side of the square masks, at least 8.
-        complement_share: How often one is all but the rectangles.
+        generator: Source of every draw; the mask lies on its device.
+        size_px: Side of the square mask, at least 8.
+        complement_share: How often it is all but the rectangles.
 
     Returns:
-        Masks of zeros and ones. [count, size_px, size_px]
+        Mask of zeros and ones. [size_px, size_px]
 
     Source: RealFill, arXiv:2309.16668, after LaMa, arXiv:2109.07161.
     """
     device = generator.device
-    most = MAX_RECTANGLES
+    count = int(torch.randint(1, MAX_RECTANGLES + 1, (1,), generator=generator, device=device))
+    shares = torch.rand(4, 1, count, 1, generator=generator, device=device)
+    complement = torch.rand(1, 1, 1, generator=generator, device=device) < complement_share
+    return (_union(_spans(shares, size_px)) ^ complement)[0].float()
+
+
+def random_masks(
+    generator: torch.Generator, count: int, size_px: int, *, complement_share: float = 0.5
+) -> Tensor:
+    """Draw many masks as ``random_mask`` draws one, by other draws and without asking a GPU.
+
+    Returns:
+        Masks of zeros and ones. [count, size_px, size_px]
+    """
+    device, most = generator.device, MAX_RECTANGLES
     drawn = torch.randint(1, most + 1, (count, 1), generator=generator, device=device)
     shares = torch.rand(4, count, most, 1, generator=generator, device=device)
     complement = torch.rand(count, 1, 1, generator=generator, device=device) < complement_share
+    used = torch.arange(most, device=device) < drawn  # [count, most]
+    return (_union(_spans(shares, size_px) & used[..., None]) ^ complement).float()
 
+
+def _spans(shares: Tensor, size_px: int) -> Tensor:
+    """Rows and columns of rectangles, by the shares of what their sides and places may be.
+
+    Args:
+        shares: Height, width, top and left, in [0, 1]. [4, N, K, 1]
+
+    Returns:
+        [2, N, K, size_px], bool
+    """
     low, high = (max(1, round(share * size_px)) for share in SIDE_SHARE)
     margin = max(1, round(MARGIN_SHARE * size_px))
-    sides = low + (shares[:2] * (high - low + 1)).floor()  # [2, count, most, 1]
+    sides = low + (shares[:2] * (high - low + 1)).floor()  # [2, N, K, 1]
     starts = margin + (shares[2:] * (size_px - 2 * margin - sides + 1)).floor()
+    line = torch.arange(size_px, device=shares.device)
+    return (line >= starts) & (line < starts + sides)
 
-    line = torch.arange(size_px, device=device)
-    inside = (line >= starts) & (line < starts + sides)  # [2, count, most, size_px]
-    inside &= (torch.arange(most, device=device) < drawn)[..., None]
-    rows, columns = inside.float()
-    union = torch.bmm(rows.mT, columns) > 0
-    return (union ^ complement).float()
+
+def _union(spans: Tensor) -> Tensor:
+    """Where some rectangle is. [2, N, K, S] to [N, S, S], bool"""
+    rows, columns = spans.float()
+    return torch.bmm(rows.mT, columns) > 0
 
 
 def dilate(mask: Tensor, px: int) -> Tensor:

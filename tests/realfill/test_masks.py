@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from realfill.errors import InvalidScene
-from realfill.masks import dilate, latent_mask, random_mask
+from realfill.masks import dilate, latent_mask, random_mask, random_masks
 
 
 def _generator(seed: int) -> torch.Generator:
@@ -64,6 +64,24 @@ def test_random_mask_follows_the_generator() -> None:
     """The same seed gives the same mask, another seed another one."""
     assert torch.equal(random_mask(_generator(5), 64), random_mask(_generator(5), 64))
     assert not torch.equal(random_mask(_generator(5), 64), random_mask(_generator(6), 64))
+
+
+def test_many_masks_are_as_one_is() -> None:
+    """As often the complement, of rectangles as large and as many, and never empty or full."""
+    many = random_masks(torch.Generator().manual_seed(0), 400, 64)
+    assert many.shape == (400, 64, 64)
+    assert set(many.unique().tolist()) == {0.0, 1.0}
+    shares = many.mean((1, 2))
+    assert float(shares.min()) > 0
+    assert float(shares.max()) < 1
+    ones = [random_mask(torch.Generator().manual_seed(k), 64) for k in range(400)]
+    single = torch.stack(ones).mean((1, 2))
+    border = many[:, 0, 0].bool()
+    assert 0.4 < float(border.float().mean()) < 0.6
+    covered = torch.where(border, 1 - shares, shares)
+    apart = torch.where(torch.stack(ones)[:, 0, 0].bool(), 1 - single, single)
+    assert float(covered.mean()) == pytest.approx(float(apart.mean()), abs=0.03)
+    assert torch.equal(many, random_masks(torch.Generator().manual_seed(0), 400, 64))
 
 
 def test_dilate_grows_by_a_square() -> None:
