@@ -35,6 +35,7 @@ from realfill.nano.denoiser import (
     train_denoiser,
 )
 from realfill.nano.pairs import worlds
+from realfill.nano.photographs import PHOTOGRAPHS
 from realfill.nano.pool import picture_pool
 from realfill.nano.pretrain_matcher import export_matcher, new_matcher, train_matcher
 from realfill.nano.stage import Step
@@ -42,7 +43,7 @@ from realfill.nano.tokenizer import byte_tokenizer
 from realfill.rank.matching import NANO_WEIGHTS
 from realfill.sheet import contact_sheet
 
-DRAWN, PHOTOGRAPHED = 8000, 8000
+DRAWN, PHOTOGRAPHED, SHARP_VIEWS = 8000, 8000, 2400
 # Few steps stay near the mean of what is likely: from a denoiser this small, that is closer to the
 # truth than the texture that more of them add (docs/training.md).
 SAMPLER, STEPS = "ddim", 2
@@ -107,7 +108,8 @@ def rebuild(
     base = yield from rebuild_base(work, captions, pictures, effort, place=place, seed=seed)
     matcher = new_matcher(seed=seed)
     # Without the photographs: no two of the matcher's worlds may show the same place.
-    pool, sharp = worlds(pictures[:drawn], seed=seed)
+    views = max(len(PHOTOGRAPHS), round(SHARP_VIEWS * scale))
+    pool, sharp = worlds(pictures[:drawn], seed=seed, sharp=views)
     yield from train_matcher(
         matcher,
         pool,
