@@ -206,7 +206,6 @@ def train_denoiser(
     device: torch.device,
     batch: int = 16,
     peak: float = 6e-4,
-    layout: torch.memory_format = torch.channels_last,
 ) -> Iterator[Step]:
     """Fit U-Net and text encoder; after the last step both hold the averaged weights.
 
@@ -223,10 +222,9 @@ def train_denoiser(
         device: cpu or cuda.
         batch: Triples in a step.
         peak: Highest learning rate.
-        layout: Of the U-Net's weights and inputs; which is quicker depends on the device.
     """
     modules = torch.nn.ModuleDict({"unet": unet, "text_encoder": text_encoder}).to(device).train()
-    unet.to(memory_format=layout)
+    unet.to(memory_format=torch.channels_last)
     parameters = list(modules.parameters())
     optimizer = torch.optim.AdamW(
         parameters, lr=peak, betas=(0.9, 0.99), weight_decay=1e-2, fused=device.type == "cuda"
@@ -252,7 +250,7 @@ def train_denoiser(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, peak)
         with attention_for_training(unet):
-            loss = _loss(modules, scheduler, triples, tokens, generator, batch, layout)
+            loss = _loss(modules, scheduler, triples, tokens, generator, batch)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -275,7 +273,6 @@ def _loss(
     tokens: Tensor,
     generator: torch.Generator,
     batch: int,
-    layout: torch.memory_format,
 ) -> Tensor:
     """v-prediction error; the hole weighs five times as much as the rest."""
     device = triples.latents.device
@@ -294,7 +291,7 @@ def _loss(
     noise = torch.randn(latents.shape, generator=generator, device=device)
     noisy = scheduler.add_noise(latents, noise, timesteps)
     velocity = scheduler.get_velocity(latents, noise, timesteps)
-    stacked = torch.cat([noisy, masks, masked], 1).contiguous(memory_format=layout)
+    stacked = torch.cat([noisy, masks, masked], 1).contiguous(memory_format=torch.channels_last)
     with half_precision(device):
         prompts = modules["text_encoder"](tokens)[0][captions]
         predicted = modules["unet"](stacked, timesteps, prompts).sample
