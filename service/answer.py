@@ -72,8 +72,9 @@ class Candidate:
 
     Attributes:
         sample: Its index among the samples.
-        support: Correspondences between it and the references; candidates are ordered by it.
-        score: Those in its filled region.
+        agreement: Correspondences in its filled region that lie where the known region puts them;
+            candidates are ordered by it.
+        score: All sure correspondences in its filled region.
         per_reference: The same, for each reference.
         confidence: Sum of the correspondences' confidences.
         coverage: Share of the hole that a reference matches, in [0, 1].
@@ -82,7 +83,7 @@ class Candidate:
 
     sample: int
     seed: int
-    support: int | None = None
+    agreement: float | None = None
     score: int | None = None
     per_reference: tuple[int, ...] | None = None
     confidence: float | None = None
@@ -95,7 +96,7 @@ class Answer:
     """A completion: candidates, best first, and where they came from.
 
     Attributes:
-        margin: The best candidate's support minus the median.
+        margin: The best candidate's agreement minus the median.
         timings_s: Seconds per stage.
         partial: Whether the deadline came before every seed was finished.
         stale: Whether the registry did not answer, so that the alias may have moved.
@@ -172,7 +173,7 @@ def candidates_of(seeds: tuple[int, ...], ranking: Ranking | None) -> tuple[Cand
         Candidate(
             sample=k,
             seed=seeds[k],
-            support=int(ranking.support[k]),
+            agreement=float(ranking.agreement[k]),
             score=int(ranking.scores[k]),
             per_reference=tuple(ranking.per_reference[k].tolist()),
             confidence=float(ranking.confidence[k]),

@@ -266,7 +266,7 @@ class Completions:
             views.append(
                 CandidateView(
                     seed=candidate.seed,
-                    support=candidate.support,
+                    agreement=candidate.agreement,
                     score=candidate.score,
                     per_reference=None if per_reference is None else list(per_reference),
                     confidence=candidate.confidence,

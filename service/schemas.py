@@ -53,8 +53,11 @@ class CandidateView(BaseModel):
     """One candidate, best first in its list; evidence is null where nothing was ranked."""
 
     seed: int
-    support: int | None = Field(description="Correspondences with the references; the order.")
-    score: int | None = Field(description="Those in the filled region.")
+    agreement: float | None = Field(
+        description="Correspondences in the filled region that lie where the known region puts "
+        "them in the references; the order."
+    )
+    score: int | None = Field(description="All sure correspondences in the filled region.")
     per_reference: list[int] | None = Field(description="The same, for each reference.")
     confidence: float | None = Field(description="Sum of the correspondences' confidences.")
     coverage: float | None = Field(description="Share of the hole that a reference matches.")
@@ -74,7 +77,7 @@ class CompletionView(BaseModel):
     digest: str
     base_fingerprint: str
     ranked: bool = Field(description="False where the capsule carries no references to rank by.")
-    margin: float | None = Field(description="The best candidate's support minus the median.")
+    margin: float | None = Field(description="The best candidate's agreement minus the median.")
     partial: bool = Field(description="Whether the deadline came before all were finished.")
     asked: int = Field(description="Candidates that were asked for.")
     stale: bool = Field(description="Whether the registry was away, so the alias may have moved.")

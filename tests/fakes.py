@@ -22,11 +22,12 @@ from service.road import Lane, Road
 
 
 class LightMatcher(Matcher):
-    """Matches every cell of image 0 that is brighter than one half, so the brightest wins."""
+    """Matches bright cells, so the brightest fill wins, and one cell of the known region."""
 
     name = "light"
     size_multiple = 8
     working_px = 32
+    threshold = 0.5
     digest = "light" * 8
 
     def features(self, images: Tensor) -> Features:
@@ -34,11 +35,14 @@ class LightMatcher(Matcher):
         cells = torch.nn.functional.avg_pool2d(images, 8)
         return Features(cells.flatten(1)[..., None], (cells.shape[-2], cells.shape[-1]))
 
-    def compare(self, features0: Features, features1: Features) -> Matches:
-        """Bright cells, each matched with the reference's first cell."""
-        light = features0.tokens[..., 0]
-        points0 = features0.places()
-        return Matches(points0, torch.zeros_like(points0), light * (light > 0.5))
+    def compare(
+        self, features0: Features, features1: Features, *, threshold: float | None = None
+    ) -> Matches:
+        """The first cell, and those brighter than one half, with the same place elsewhere."""
+        light = features0.tokens[..., 0] * (features0.tokens[..., 0] > 0.5)
+        light[:, 0] = 1
+        points = features0.places()
+        return Matches(points, points, light)
 
 
 class GreyEngine:

@@ -230,7 +230,7 @@ def record_rows(report: dict[str, Any], *, device: str, path: Path) -> None:
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@bench_options(synthetic=10, seeds=32)
+@bench_options(synthetic=10, seeds=128)
 @click.option("--steps", type=click.IntRange(min=1), help="Else what the base is sampled with.")
 @click.option(
     "--metric",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -91,6 +91,10 @@ class Matches:
             pair,
         )
 
+    def above(self, threshold: float) -> Matches:
+        """Only those of more confidence."""
+        return replace(self, confidence=self.confidence * (self.confidence > threshold))
+
 
 class Matcher(Protocol):
     """Finds correspondences between images.
@@ -99,11 +103,13 @@ class Matcher(Protocol):
         name: For records and evidence.
         size_multiple: Heights and widths must be multiples of it, itself one of 8.
         working_px: Long side at which it matches best.
+        threshold: Confidence above which it takes a match for sure, at least 0.
     """
 
     name: str
     size_multiple: int
     working_px: int
+    threshold: float
 
     @property
     def digest(self) -> str:
@@ -118,10 +124,18 @@ class Matcher(Protocol):
         """
         ...
 
-    def compare(self, features0: Features, features1: Features) -> Matches:
+    def compare(
+        self, features0: Features, features1: Features, *, threshold: float | None = None
+    ) -> Matches:
         """Match image k with image k; a single image 1 is matched with every image 0.
 
         The host does not wait for the device.
+
+        Args:
+            features0: Of images 0.
+            features1: Of images 1, as many or one.
+            threshold: Confidence that a match exceeds: the matcher's own, or 0 for all that are
+                each other's best.
 
         Raises:
             ValueError: There are neither as many images 1 as images 0, nor one.

@@ -66,6 +66,7 @@ class EfficientLoFTRMatcher(Matcher):
                 f"reduces by {CELL_PX} and has its softmax"
             )
         self.device = device
+        self.threshold = max(float(model.config.coarse_matching_threshold), 0.0)
         self.working_px = working_px
         self.model = model.eval().requires_grad_(False).to(device)
 
@@ -93,11 +94,13 @@ class EfficientLoFTRMatcher(Matcher):
         return Features(tokens, (height // CELL_PX, width // CELL_PX))
 
     @torch.no_grad()
-    def compare(self, features0: Features, features1: Features) -> Matches:
+    def compare(
+        self, features0: Features, features1: Features, *, threshold: float | None = None
+    ) -> Matches:
         """Mutual nearest cells whose dual-softmax confidence exceeds the threshold."""
         check_pairs(features0, features1)
         config = self.model.config
-        threshold = config.coarse_matching_threshold
+        threshold = self.threshold if threshold is None else threshold
         scale = 1 / (config.hidden_size * config.coarse_matching_temperature)
         tokens0 = features0.tokens.to(self.device)
         tokens1 = features1.tokens.to(self.device).expand(len(tokens0), -1, -1)

@@ -169,6 +169,7 @@ class LoFTRMatcher(Matcher):
         self.working_px = working_px
         self.device = device
         self.dtype = dtype
+        self.threshold = net.threshold
         self.net = net.eval().requires_grad_(False).to(device)
         # A layout only: weights and activations side by side by channel, which convolves faster.
         for parameter in self.net.backbone.parameters():
@@ -197,8 +198,11 @@ class LoFTRMatcher(Matcher):
         return Features(torch.cat(tokens), (height // CELL_PX, width // CELL_PX))
 
     @torch.no_grad()
-    def compare(self, features0: Features, features1: Features) -> Matches:
+    def compare(
+        self, features0: Features, features1: Features, *, threshold: float | None = None
+    ) -> Matches:
         """Mutual nearest cells whose dual-softmax confidence exceeds the threshold."""
+        threshold = self.threshold if threshold is None else threshold
         check_pairs(features0, features1)
         tokens0 = features0.tokens.to(self.device)
         tokens1 = features1.tokens.to(self.device).expand(len(tokens0), -1, -1)
@@ -207,7 +211,7 @@ class LoFTRMatcher(Matcher):
         for part0, part1 in zip(tokens0.split(chunk), tokens1.split(chunk), strict=True):
             with self._precision():
                 met = [tokens.to(self.dtype) for tokens in self.net.met(part0, part1)]
-            found.append(match_count(*met, scale=self.net.scale, threshold=self.net.threshold))
+            found.append(match_count(*met, scale=self.net.scale, threshold=threshold))
         confidence, partner = (torch.cat(parts) for parts in zip(*found, strict=True))
         return cell_matches(confidence, partner, features0, features1)
 

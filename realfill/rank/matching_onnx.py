@@ -74,6 +74,7 @@ class OnnxLoFTRMatcher(Matcher):
         """
         self.name = f"{matcher.name}-onnx"
         self.working_px = matcher.working_px
+        self.threshold = matcher.threshold
         self.device = matcher.device
         self._matcher = matcher
         self._net = matcher.net
@@ -111,17 +112,22 @@ class OnnxLoFTRMatcher(Matcher):
         return Features(tokens, grid)
 
     @torch.no_grad()
-    def compare(self, features0: Features, features1: Features) -> Matches:
+    def compare(
+        self, features0: Features, features1: Features, *, threshold: float | None = None
+    ) -> Matches:
         """Mutual nearest cells whose dual-softmax confidence exceeds the threshold."""
         check_pairs(features0, features1)
         tokens0 = features0.tokens.to(self.device)
         tokens1 = features1.tokens.to(self.device).expand(len(tokens0), -1, -1)
         chunk = self._chunk(len(tokens0), CHUNK_CELLS[self.device.type] // tokens0.shape[1])
-        found = self._each(self._found, tokens0.split(chunk), tokens1.split(chunk))
+        work = partial(self._found, self.threshold if threshold is None else threshold)
+        found = self._each(work, tokens0.split(chunk), tokens1.split(chunk))
         confidence, partner = (torch.cat(parts) for parts in zip(*found, strict=True))
         return cell_matches(confidence, partner, features0, features1)
 
-    def _found(self, tokens0: Tensor, tokens1: Tensor, threads: int) -> tuple[Tensor, Tensor]:
+    def _found(
+        self, threshold: float, tokens0: Tensor, tokens1: Tensor, threads: int
+    ) -> tuple[Tensor, Tensor]:
         """Confidence and partner of each cell of some pairs. [n, L] each"""
         sizes = (len(tokens0), tokens0.shape[1], tokens1.shape[1])
         met0, met1 = tokens0.new_empty(tokens0.shape), tokens1.new_empty(tokens1.shape)
@@ -132,7 +138,7 @@ class OnnxLoFTRMatcher(Matcher):
             {"met0": met0, "met1": met1},
         )
         self._bind_and_run(run, self._session(run, threads))
-        return match_count(met0, met1, scale=self._net.scale, threshold=self._net.threshold)
+        return match_count(met0, met1, scale=self._net.scale, threshold=threshold)
 
     def _chunk(self, count: int, most: int) -> int:
         """How many images or pairs to take at a time, so that every thread has some."""

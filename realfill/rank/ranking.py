@@ -1,6 +1,6 @@
 """Correspondence-based ranking: the references vouch for the best candidate's filled region.
 
-Source: RealFill, arXiv:2309.16668, section 3.4, which counts in the filled region alone.
+Source: RealFill, arXiv:2309.16668, section 3.4, which counts correspondences in the filled region.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from torch.nn import functional as F
 
 from realfill.errors import InvalidScene
 from realfill.rank.correspondences import CELL_PX, Correspondences, Matcher, Matches
+from realfill.rank.placement import agreement
 from realfill.rank.references import ReferenceFeatures, at_working_size, prepare_references
 
-Region = Literal["whole", "hole"]
+By = Literal["agreement", "count"]
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,9 @@ class Ranking:
 
     Attributes:
         scores: Correspondences in the filled region, summed over references. [N]
-        support: Correspondences anywhere in the candidate, likewise. [N]
-        region: Which of the two candidates are ordered by: support for whole, scores for hole.
+        agreement: Correspondences in the filled region, however unsure, that lie where the known
+            region puts them (``realfill.rank.placement``), likewise. [N]
+        by: Which of the two candidates are ordered by; ``count`` is the scores.
         per_reference: The same, for each reference. [N, R]
         confidence: Sum of the confidences of those correspondences. [N]
         order: Candidates, best first; ties by confidence in the filled region, then by index. [N]
@@ -38,8 +40,8 @@ class Ranking:
     """
 
     scores: Tensor
-    support: Tensor
-    region: Region
+    agreement: Tensor
+    by: By
     per_reference: Tensor
     confidence: Tensor
     order: Tensor
@@ -59,8 +61,8 @@ class Ranking:
 
     @property
     def ordered_by(self) -> Tensor:
-        """Support or scores. [N]"""
-        return self.support if self.region == "whole" else self.scores
+        """Agreement or scores. [N]"""
+        return self.agreement if self.by == "agreement" else self.scores
 
     @property
     def margin(self) -> float:
@@ -76,14 +78,13 @@ def rank_candidates(
     mask: Tensor,
     references: Sequence[Tensor] | ReferenceFeatures,
     *,
-    region: Region = "whole",
+    by: By = "agreement",
 ) -> Ranking:
     """Rank candidates by their correspondences with the references.
 
-    The whole candidate is matched, so that the known region gives context; for the evidence,
-    matches outside the mask are dropped. The known region is the same in all candidates, so that
-    candidates differ in their support by what was filled in, and by how well its surroundings are
-    recognised beside it. The paper counts in the filled region alone; docs/ranking.md has the
+    The whole candidate is matched, so that the known region gives context and tells where the
+    hole's content lies in each reference; for the evidence, matches outside the mask are dropped.
+    The paper counts what matches in the hole, wherever it matches; docs/ranking.md has the
     measurement by which the default was chosen.
 
     Args:
@@ -92,7 +93,7 @@ def rank_candidates(
         mask: 1 where pixels were missing, else 0. [H, W]
         references: Photos in [0, 1], of any size, [3, H, W] each, or what ``prepare_references``
             made of them.
-        region: Where the matches lie that order the candidates.
+        by: What orders the candidates.
 
     Returns:
         The ranking, on the candidates' device.
@@ -106,9 +107,17 @@ def rank_candidates(
     pixels = at_working_size(matcher, candidates)
     hole = _hole(mask.cpu(), (int(pixels.shape[-2]), int(pixels.shape[-1])))
     features = matcher.features(pixels)
-    everywhere = [matcher.compare(features, reference) for reference in references.features]
-    support = torch.stack([(matches.confidence > 0).sum(1) for matches in everywhere], 1).sum(1)
-    found = [_inside(matches, hole) for matches in everywhere]
+    everywhere = [
+        matcher.compare(features, reference, threshold=0.0) for reference in references.features
+    ]
+    missing = [_missing(matches, hole) for matches in everywhere]
+    agreeing = agreement(everywhere, missing, max(pixels.shape[-2:]))
+    found = [
+        replace(sure, confidence=sure.confidence * inside)
+        for sure, inside in zip(
+            (matches.above(matcher.threshold) for matches in everywhere), missing, strict=True
+        )
+    ]
     table = torch.stack([(matches.confidence > 0).sum(1) for matches in found], 1)
     sums = [matches.confidence.sum(1, dtype=torch.float64) for matches in found]
     confidence = torch.stack(sums).sum(0).float()
@@ -118,11 +127,11 @@ def rank_candidates(
     device = candidates.device
     return Ranking(
         scores=scores.to(device),
-        support=support.to(device),
-        region=region,
+        agreement=agreeing.to(device),
+        by=by,
         per_reference=table.to(device),
         confidence=confidence.to(device),
-        order=_order(support if region == "whole" else scores, confidence).to(device),
+        order=_order(agreeing if by == "agreement" else scores, confidence).to(device),
         coverage=_coverage(found, hole).to(device),
         hole_cells=hole_cells,
         matches=tuple(
@@ -162,12 +171,11 @@ def _hole(mask: Tensor, size: tuple[int, int]) -> Tensor:
     return torch.where(hit, hole, touched)[0, 0] > 0
 
 
-def _inside(matches: Matches, hole: Tensor) -> Matches:
-    """The matches, less those that begin outside the hole. [h, w] bool"""
+def _missing(matches: Matches, hole: Tensor) -> Tensor:
+    """Whether each match begins in the hole, [h, w] bool. [N, L] bool"""
     x, y = matches.points0.long().unbind(2)
     # A matcher's absent points are negative, and have no match.
-    inside = hole.to(x.device, non_blocking=True)[y.clamp(min=0), x.clamp(min=0)]
-    return replace(matches, confidence=matches.confidence * inside)
+    return hole.to(x.device, non_blocking=True)[y.clamp(min=0), x.clamp(min=0)]
 
 
 def _coverage(found: Sequence[Matches], hole: Tensor) -> Tensor:

@@ -38,7 +38,8 @@ class SiftMatcher(Matcher):
     ) -> None:
         """Look for at most that many points in each image."""
         self.device = torch.device(device)
-        self._most, self._ratio = most, ratio
+        self.threshold = 1 - ratio
+        self._most = most
         self._sift = SIFTFeature(most, device=self.device).eval()
 
     @property
@@ -63,8 +64,11 @@ class SiftMatcher(Matcher):
         return Features(torch.cat(tokens), (height // CELL_PX, width // CELL_PX), torch.cat(points))
 
     @torch.no_grad()
-    def compare(self, features0: Features, features1: Features) -> Matches:
+    def compare(
+        self, features0: Features, features1: Features, *, threshold: float | None = None
+    ) -> Matches:
         """Mutual nearest descriptors, the distance to the second nearest being larger by far."""
+        threshold = self.threshold if threshold is None else threshold
         check_pairs(features0, features1)
         count = len(features0)
         places0 = features0.places().to(self.device)
@@ -79,7 +83,8 @@ class SiftMatcher(Matcher):
             ratio1, nearest1 = _nearest(distance.T)
             mutual = nearest1[nearest0] == torch.arange(len(nearest0), device=self.device)
             ratio = torch.maximum(ratio0, ratio1[nearest0])
-            confidence.append(torch.where(mutual & (ratio <= self._ratio), 1 - ratio, 0.0))
+            sure = 1 - ratio
+            confidence.append(torch.where(mutual & (sure > threshold), sure, 0.0))
             points1.append(places1[k, nearest0])
         return Matches(places0, torch.stack(points1), torch.stack(confidence))
 

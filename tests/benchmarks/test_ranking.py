@@ -44,7 +44,7 @@ def test_unequal_counts_are_not_timed(tmp_path: Path) -> None:
     bench = prepared("nano", "cpu", candidates=1, repeats=1, rows=tmp_path / "rows")
     with pytest.raises(RuntimeError, match=r"sift counts .*mend the matcher"):
         bench_speed(replace(bench, onnx_matcher=load_matcher("sift")))
-    bench.torch_matcher.net.threshold = 0.999
+    bench.torch_matcher.threshold = 0.999
     with pytest.raises(RuntimeError, match="60 are needed"):
         bench_truth(replace(bench, matcher=bench.torch_matcher))
     assert not (tmp_path / "rows").exists()

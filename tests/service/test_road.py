@@ -75,11 +75,9 @@ def test_candidates_come_best_first(road: Road, image: Tensor, mask: Tensor) -> 
     assert best.score == sum(best.per_reference or ()) > 0
     assert len(best.per_reference or ()) == 2
     assert dark.score == 0
-    # The known region is the same in all: what the fill adds to it is the margin.
-    assert best.support is not None
-    assert dark.support is not None
-    assert answer.margin == best.support - dark.support
-    assert best.support > best.score
+    # Whatever matches lies where it belongs.
+    assert best.agreement == answer.margin == pytest.approx(best.score)
+    assert dark.agreement == 0
 
 
 def test_the_best_picture_is_the_image_with_the_hole_filled(

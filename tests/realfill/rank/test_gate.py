@@ -14,8 +14,8 @@ def ranking(coverage: list[float], scores: list[int]) -> Ranking:
     counts = torch.tensor(scores)
     return Ranking(
         scores=counts,
-        support=counts,
-        region="whole",
+        agreement=counts,
+        by="count",
         per_reference=counts[:, None],
         confidence=counts.float(),
         order=torch.arange(len(scores)),

@@ -104,6 +104,16 @@ def test_one_image_stands_for_many(matcher: Matcher, photos: Tensor) -> None:
         matcher.compare(features, matcher.features(photos[:2]))
 
 
+def test_a_lower_threshold_adds_matches_and_changes_none(matcher: Matcher, photos: Tensor) -> None:
+    """Of all that are each other's best, those above the matcher's own threshold are its matches."""
+    pair = matcher.features(photos), matcher.features(photos[1:2])
+    every, sure = matcher.compare(*pair, threshold=0.0), matcher.compare(*pair)
+    assert torch.equal(every.above(matcher.threshold).confidence, sure.confidence)
+    kept = sure.confidence > 0
+    assert torch.equal(every.points1[kept], sure.points1[kept])
+    assert (every.confidence > 0).sum() > kept.sum() > 0
+
+
 def test_neighbours_do_not_change_a_pair(matcher: Matcher, photos: Tensor) -> None:
     """An image's matches are the same alone and in a batch."""
     reference = matcher.features(photos[1:2])

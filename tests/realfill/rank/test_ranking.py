@@ -17,10 +17,11 @@ from realfill.errors import InvalidScene
 from realfill.nano.pretrain_matcher import CONFIG
 from realfill.rank.correspondences import Features, Matcher, Matches
 from realfill.rank.matching import CoarseLoFTR, LoFTRMatcher, loftr
-from realfill.rank.ranking import Ranking, Region, rank_candidates
+from realfill.rank.ranking import By, Ranking, rank_candidates
 from realfill.rank.references import prepare_references
 
 SIZE = 64
+MOST_ROWS = 16
 
 
 @dataclass
@@ -31,6 +32,7 @@ class ScriptedMatcher(Matcher):
     name: str = "scripted"
     size_multiple: int = 8
     working_px: int = SIZE
+    threshold: float = 0.2
     digest: str = "scripted"
     seen: list[tuple[int, ...]] = field(default_factory=list)
 
@@ -39,14 +41,17 @@ class ScriptedMatcher(Matcher):
         grid = (images.shape[2] // 8, images.shape[3] // 8)
         return Features(torch.zeros(len(images), grid[0] * grid[1], 1), grid)
 
-    def compare(self, features0: Features, features1: Features) -> Matches:
+    def compare(
+        self, features0: Features, features1: Features, *, threshold: float | None = None
+    ) -> Matches:
         rows = self.script.pop(0)
-        points = torch.zeros(len(features0), max(1, len(rows)), 2)
+        points = torch.zeros(len(features0), MOST_ROWS, 2)
         confidence = torch.zeros(points.shape[:2])
         for k, (pair, x, y, sure) in enumerate(rows):
             points[pair, k] = torch.tensor([x, y])
             confidence[pair, k] = sure
-        return Matches(points, points, confidence)
+        found = Matches(points, points, confidence)
+        return found.above(self.threshold if threshold is None else threshold)
 
 
 def _mask(top: int, left: int, bottom: int, right: int) -> Tensor:
@@ -59,11 +64,11 @@ def _rank(
     script: list[list[tuple[int, int, int, float]]],
     mask: Tensor,
     count: int = 3,
-    region: Region = "whole",
+    by: By = "agreement",
 ) -> Ranking:
     candidates = torch.zeros(count, 3, SIZE, SIZE)
     references = [torch.zeros(3, SIZE, SIZE)] * len(script)
-    return rank_candidates(ScriptedMatcher(script), candidates, mask, references, region=region)
+    return rank_candidates(ScriptedMatcher(script), candidates, mask, references, by=by)
 
 
 def _small_loftr() -> LoFTRMatcher:
@@ -86,25 +91,35 @@ def test_only_matches_in_the_hole_count_and_references_add_up() -> None:
             [(0, 24, 16, 0.5), (1, 16, 16, 0.5), (2, 0, 0, 0.9)],
         ],
         _mask(16, 16, 32, 32),
+        by="count",
     )
     assert ranking.per_reference.tolist() == [[1, 1], [2, 1], [0, 0]]
     assert ranking.scores.tolist() == [2, 3, 0]
-    # Beyond the hole the first has one more, and the last its only one.
-    assert ranking.support.tolist() == [3, 3, 1]
     assert ranking.order.tolist() == [1, 0, 2]
     assert ranking.best == 1
-    assert ranking.margin == 0.0
+    assert ranking.margin == 1.0
 
 
-def test_candidates_are_ordered_by_the_region_that_was_asked_for() -> None:
-    """Support by default, the count in the hole on request; the margin is that of either."""
-    found = [[(0, 16, 16, 0.5), (0, 24, 24, 0.5), *((1, 56, k, 0.5) for k in (0, 8, 16, 24))]]
-    whole = _rank(list(found), _mask(16, 16, 32, 32))
-    hole = _rank(list(found), _mask(16, 16, 32, 32), region="hole")
-    assert (whole.order.tolist(), whole.margin) == ([1, 0, 2], 2.0)
-    assert (hole.order.tolist(), hole.margin) == ([0, 1, 2], 2.0)
-    assert whole.scores.tolist() == hole.scores.tolist() == [2, 0, 0]
-    assert whole.support.tolist() == hole.support.tolist() == [2, 4, 0]
+def test_candidates_are_ordered_by_what_was_asked_for() -> None:
+    """Agreement by default, the count of sure matches on request; the margin is that of either."""
+    known = [(k, x, 56, 0.9) for k in (0, 1, 2) for x in (0, 16, 32, 48)]
+    sure = [(0, 16, 16, 0.5)]
+    unsure = [(1, x, 16, 0.1) for x in (16, 24)]
+    script = [[*known, *sure, *unsure]]
+    agreed = _rank(list(script), _mask(16, 16, 32, 32))
+    counted = _rank(list(script), _mask(16, 16, 32, 32), by="count")
+    assert agreed.order.tolist() == [1, 0, 2]
+    assert agreed.agreement.tolist() == pytest.approx([1, 2, 0])
+    assert agreed.margin == pytest.approx(1)
+    assert (counted.order.tolist(), counted.margin) == ([0, 1, 2], 1.0)
+    assert agreed.scores.tolist() == counted.scores.tolist() == [1, 0, 0]
+
+
+def test_where_nothing_known_matches_confidence_decides() -> None:
+    """References that cannot be placed agree with nothing."""
+    ranking = _rank([[(0, 16, 16, 0.5), (1, 16, 16, 0.75)]], _mask(16, 16, 32, 32))
+    assert ranking.agreement.tolist() == [0, 0, 0]
+    assert ranking.order.tolist() == [1, 0, 2]
 
 
 def test_coverage_is_the_share_of_hole_cells_that_any_reference_matches() -> None:
