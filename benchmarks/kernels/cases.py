@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.kernels.contest import Case
+from kernels.geglu import geglu
 from kernels.groupnorm_silu import groupnorm_silu
 from kernels.merge_lora import merge_lora_
 from kernels.sampler_step import sampler_step
@@ -235,6 +236,23 @@ def groupnorm_silu_cases(maker: Maker) -> Iterator[Case]:
         )
 
 
+def geglu_cases(maker: Maker) -> Iterator[Case]:
+    """What the feed-forwards' first halves project: eight times the channels of each level."""
+    for channels, side in maker.sizes.levels:
+        shape = (maker.batch, side * side, 8 * channels)
+
+        def inputs(shape: tuple[int, ...] = shape) -> tuple[Tensor, ...]:
+            return (maker.draw(*shape),)
+
+        def peer(x: Tensor) -> Tensor:
+            features, gates = x.chunk(2, dim=-1)
+            return features * F.gelu(gates)
+
+        values = maker.batch * side * side * 8 * channels
+        name = f"c{channels}x{side}"
+        yield maker.case("geglu", name, geglu, peer, inputs, moved=3 * values // 2, flops=0)
+
+
 def sampler_step_cases(maker: Maker) -> Iterator[Case]:
     """A step with history and noise, and the U-Net's next input."""
     sizes, (channels, side) = maker.sizes, maker.sizes.latents
@@ -268,5 +286,6 @@ CASES: dict[str, Callable[[Maker], Iterator[Case]]] = {
     "merge_lora": merge_lora_cases,
     "segmented_lora": segmented_lora_cases,
     "groupnorm_silu": groupnorm_silu_cases,
+    "geglu": geglu_cases,
     "sampler_step": sampler_step_cases,
 }

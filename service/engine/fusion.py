@@ -1,15 +1,17 @@
-"""A U-Net on a GPU: group norms in one pass with the SiLU behind them, and one layout kept."""
+"""A U-Net on a GPU: norms and gates in one pass with what is behind them, and one layout kept."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from diffusers import UNet2DConditionModel
+from diffusers.models.activations import GEGLU
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kernels.geglu import geglu
 from kernels.groupnorm_silu import groupnorm_silu
 from service.engine.layers import Installed
 
@@ -34,6 +36,17 @@ class FusedNorm:
 def silu_of_timesteps(x: Tensor) -> Tensor:
     """SiLU of a timestep's embedding; features come with theirs done. [N, D] or [N, C, H, W]"""
     return x if x.dim() == 4 else F.silu(x)
+
+
+@dataclass
+class FusedGates:
+    """A feed-forward's first half, whose gates are opened in one pass over what it projects."""
+
+    layer: GEGLU
+
+    def __call__(self, hidden_states: Tensor) -> Tensor:
+        """Features times the GELU of their gates. [N, L, C] to [N, L, H]"""
+        return geglu(self.layer.proj(hidden_states))
 
 
 @dataclass
@@ -66,7 +79,7 @@ class KeptLayout:
 
 
 def install_fusion(unet: UNet2DConditionModel) -> Installed:
-    """Fuse all pairs of group norm and SiLU, until they are released.
+    """Fuse group norms with their SiLU, and gates with their features, until they are released.
 
     The norms before attention have none. There the gain is the layout: torch's own would turn
     channels-last features round, and they would be turned back for the linear layer behind. For
@@ -82,6 +95,8 @@ def install_fusion(unet: UNet2DConditionModel) -> Installed:
         if isinstance(block, Transformer2DModel) and isinstance(block.norm, nn.GroupNorm):
             installed.install(block.norm, FusedNorm(block.norm, silu=False))
             installed.install(block, KeptLayout(block), "_get_output_for_continuous_inputs")
+        if isinstance(block, GEGLU):
+            installed.install(block, FusedGates(block))
     if isinstance(unet.conv_norm_out, nn.GroupNorm) and isinstance(unet.conv_act, nn.SiLU):
         installed.install(unet.conv_norm_out, FusedNorm(unet.conv_norm_out))
         installed.install(unet.conv_act, silu_of_timesteps)

@@ -69,14 +69,14 @@ def test_samples_that_leave_a_bucket_take_nothing_with_them(base: Base) -> None:
 
 
 @torch.no_grad()
-def test_fused_norms_change_nothing_but_roundings(base: Base) -> None:
+def test_fused_layers_change_nothing_but_roundings(base: Base) -> None:
     """Of the U-Net's prediction, and released, not even those."""
     inputs = torch.randn(2, 9, 4, 4), torch.tensor([500, 20]), torch.randn(2, 77, 16)
     plain = base.unet(*inputs).sample
     installed = install_fusion(base.unet)
     # Two in each of the eight residual blocks with their shared SiLU, one in each of the four
-    # transformers with its way out, and the last of all.
-    assert len(installed.methods) == 3 * 8 + 2 * 4 + 2
+    # transformers with its way out and its gates, and the last of all.
+    assert len(installed.methods) == 3 * 8 + 3 * 4 + 2
     torch.testing.assert_close(base.unet(*inputs).sample, plain, rtol=1e-4, atol=1e-4)
     installed.release()
     assert torch.equal(base.unet(*inputs).sample, plain)
