@@ -105,7 +105,7 @@ def test_one_image_stands_for_many(matcher: Matcher, photos: Tensor) -> None:
 
 
 def test_a_lower_threshold_adds_matches_and_changes_none(matcher: Matcher, photos: Tensor) -> None:
-    """Of all that are each other's best, those above the matcher's own threshold are its matches."""
+    """Of all pairs that are each other's best, those above the matcher's own are its matches."""
     pair = matcher.features(photos), matcher.features(photos[1:2])
     every, sure = matcher.compare(*pair, threshold=0.0), matcher.compare(*pair)
     assert torch.equal(every.above(matcher.threshold).confidence, sure.confidence)
