@@ -51,6 +51,7 @@ class Fills:
     psnr_db: tuple[float, ...]
     ssim: tuple[float, ...]
     scores: tuple[int, ...]
+    agreement: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -99,10 +100,14 @@ def demo(out: Path, preset_name: str, keep: bool, as_json: bool) -> None:
             f"{error} Or remove {out / 'registry'}: the demo makes it anew."
         ) from error
     train_s = {}
-    model = load_base("nano", dtype=training_dtype("cpu"))
+    dtype = training_dtype("cpu")
+    if dtype == torch.float32:
+        console.print("    (about four times as long as where the processor has bfloat16)")
+    model = load_base("nano", dtype=dtype)
     for scene in scenes:
         started = time.monotonic()
-        capsule = _trained(model, scene, preset_name, console)
+        checkpoint = out / scene.name / "training.checkpoint"
+        capsule = _trained(model, scene, preset_name, checkpoint, console)
         train_s[scene.name] = time.monotonic() - started
         version = registry.publish(capsule, scene=scene.name, by="demo")
         console.print(f"    {scene.name}: version {version.number}, {len(capsule) / 1e6:.1f} MB")
@@ -133,7 +138,10 @@ def demo(out: Path, preset_name: str, keep: bool, as_json: bool) -> None:
             _say_next(client, out, scenes[0], console)
 
 
-def _trained(model: Base, scene: Scene, preset_name: str, console: Console) -> bytes:
+def _trained(
+    model: Base, scene: Scene, preset_name: str, checkpoint: Path, console: Console
+) -> bytes:
+    """The scene's capsule; a demo that was interrupted goes on from its checkpoint."""
     capsule = b""
     with Progress(
         TextColumn("    {task.description}"),
@@ -145,7 +153,7 @@ def _trained(model: Base, scene: Scene, preset_name: str, console: Console) -> b
     ) as progress:
         config = preset(preset_name)
         task = progress.add_task(scene.name, total=config.steps, loss="")
-        for record in train(model, scene, config):
+        for record in train(model, scene, config, checkpoint=checkpoint):
             progress.update(task, completed=record.step, loss=f"{record.loss:.3f}")
             capsule = record.capsule or capsule
     return capsule
@@ -185,7 +193,12 @@ def _completed(
     natives = [load_image(io.BytesIO(image_of(c.image))) for c in answer.candidates]
     window = window_of(scene.mask, size_px)
     pictures = torch.stack([crop(native, window, size_px) for native in natives])
-    fills = _measured(scene, pictures, [c.score or 0 for c in answer.candidates])
+    fills = _measured(
+        scene,
+        pictures,
+        [c.score or 0 for c in answer.candidates],
+        [c.agreement or 0.0 for c in answer.candidates],
+    )
     totals = []
     for seed in range(100, 103):
         started = time.monotonic()
@@ -207,11 +220,12 @@ def _alone(base: Base, scene: Scene, matcher: Matcher) -> Fills:
     natives = paste(samples, window, scene.target, scene.mask, FEATHER_PX)
     pictures = torch.stack([crop(native, window, base.size_px) for native in natives])
     ranking = rank_candidates(matcher, pictures, hole, scene.references)
-    order = ranking.order.tolist()
-    return _measured(scene, pictures[ranking.order], [int(ranking.scores[k]) for k in order])
+    order = ranking.order
+    found = ranking.scores[order].tolist(), ranking.agreement[order].tolist()
+    return _measured(scene, pictures[order], *found)
 
 
-def _measured(scene: Scene, pictures: Tensor, scores: list[int]) -> Fills:
+def _measured(scene: Scene, pictures: Tensor, scores: list[int], agreement: list[float]) -> Fills:
     size_px = pictures.shape[-1]
     window = window_of(scene.mask, size_px)
     assert scene.truth is not None
@@ -221,6 +235,7 @@ def _measured(scene: Scene, pictures: Tensor, scores: list[int]) -> Fills:
         tuple(float(psnr(picture, truth, hole)) for picture in pictures),
         tuple(float(ssim(picture, truth, hole)) for picture in pictures),
         tuple(scores),
+        tuple(agreement),
     )
 
 
@@ -252,18 +267,17 @@ def _sheet_rows(base: Base, scene: Scene, alone: Fills, adapted: Fills) -> list[
         ("target", target * (1 - hole) + hole),
         ("truth", crop(scene.truth, window, base.size_px)),
     ]
-    fills = [
-        (
-            f"adapted, rank {k + 1}\n{adapted.scores[k]} matches, {adapted.psnr_db[k]:.1f} dB",
-            picture,
-        )
+    fills = [(f"base alone\n{_told(alone, 0)}", alone.pictures[0])]
+    fills += [
+        (f"adapted, rank {k + 1}\n{_told(adapted, k)}", picture)
         for k, picture in enumerate(adapted.pictures[:4])
     ]
-    base_fill = (
-        f"base alone\n{alone.scores[0]} matches, {alone.psnr_db[0]:.1f} dB",
-        alone.pictures[0],
-    )
-    return [(scene.name, given), ("", [base_fill, *fills])]
+    return [(scene.name, given), ("", fills)]
+
+
+def _told(fills: Fills, k: int) -> str:
+    """What a candidate is ranked by, and how near the truth it is."""
+    return f"agreement {fills.agreement[k]:.0f}, {fills.psnr_db[k]:.1f} dB"
 
 
 def _report(outcomes: list[Outcome], main_s: float) -> dict[str, Any]:
