@@ -51,10 +51,10 @@ def agreement(matches: Sequence[Matches], missing: Sequence[Tensor], extent_px: 
     known = torch.where(inside, 0.0, confidence)
     frame = torch.cat([torch.ones_like(points0[..., :1]), 2 * points0 / extent_px - 1], -1)
     off = _off(frame, shift, known)
-    slack = extent_px / 2
-    while slack >= CELL_PX:
-        off = _off(frame, shift, known / (1 + (off / slack).square()).square())
-        slack /= 2
+    far_px = extent_px / 2
+    while far_px >= CELL_PX:
+        off = _off(frame, shift, known / (1 + (off / far_px).square()).square())
+        far_px /= 2
     counted = inside & (confidence > 0) & (known.sum(-1, keepdim=True) > 0)
     return (torch.exp(-(off / SLACK_PX).square() / 2) * counted).sum(-1).sum(0)
 
