@@ -144,7 +144,7 @@ PRESETS: dict[str, TrainingConfig] = {
     ),
     "demo": TrainingConfig(
         preset="demo",
-        steps=220,
+        steps=210,
         batch=16,
         rank=32,
         alpha=32.0,
@@ -162,7 +162,7 @@ PRESETS: dict[str, TrainingConfig] = {
         timestep_power=2.0,
         full_from=0.65,
         pool=224,
-        probe_every=110,
+        probe_every=105,
     ),
 }
 

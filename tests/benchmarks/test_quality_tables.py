@@ -131,7 +131,7 @@ def test_scenes_come_from_everywhere(tmp_path: Path) -> None:
     found = places_of(tmp_path, demo=True, synthetic=1, config=PRESETS["demo"])
     assert [place.origin for place in found] == ["demo", "demo", "folder", "synthetic"]
     assert found[2].scene.name == "with"
-    assert [place.config.steps for place in found] == [220, 220, 220, 100]
+    assert [place.config.steps for place in found] == [210, 210, 210, 100]
     assert short(QUICK) == QUICK
     with pytest.raises(ValueError, match="--synthetic 10"):
         places_of(tmp_path / "nowhere", demo=False, synthetic=0, config=QUICK)
