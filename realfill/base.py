@@ -232,6 +232,9 @@ def save_base(base: Base, folder: Path, *, dtype: torch.dtype = torch.float16) -
     for part, module in parts.items():
         (folder / part).mkdir(parents=True, exist_ok=True)
         config = module.config.to_dict() if part == "text_encoder" else dict(module.config)
+        if part == "text_encoder":
+            # Not where it was read from.
+            config["_name_or_path"] = ""
         if part != "text_encoder":
             config["_class_name"] = type(module).__name__
             config = {

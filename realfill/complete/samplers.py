@@ -19,7 +19,7 @@ from torch import Tensor
 
 from realfill.errors import BaseUnavailable
 
-SamplerName = Literal["ddpm", "ddim", "dpm++2m"]
+SamplerName = Literal["ddpm", "ddim", "ddim-quadratic", "dpm++2m"]
 PredictionType = Literal["epsilon", "v_prediction"]
 
 # DPM-Solver++ works with log(alpha / sigma), which is infinite where the terminal SNR is zero.
@@ -32,7 +32,7 @@ class Sampler:
     """One sampler with one number of steps, ready to use.
 
     Attributes:
-        name: ddpm, ddim or dpm++2m.
+        name: ddpm, ddim, ddim-quadratic or dpm++2m.
         prediction_type: What the U-Net predicts: epsilon or v_prediction.
         timesteps: What to give the U-Net at each step, falling. [S]
         coefficients: One row per step. The next latents are the sum of row[0] * latents,
@@ -40,7 +40,8 @@ class Sampler:
             this step is row[4] * latents + row[5] * prediction. [S, 6]
         stochastic: Whether steps need noise.
 
-    Source: Ho et al., arXiv:2006.11239; Song et al., arXiv:2010.02502; Lu et al., arXiv:2211.01095.
+    Source: Ho et al., arXiv:2006.11239; Song et al., arXiv:2010.02502, whose appendix D.2 has the
+    quadratic timesteps; Lu et al., arXiv:2211.01095.
     """
 
     name: SamplerName
@@ -161,7 +162,7 @@ def sampler(name: str, scheduler_config: Mapping[str, Any], steps: int) -> Sampl
     leading spacing starts few steps far from pure noise.
 
     Args:
-        name: ddpm, ddim or dpm++2m.
+        name: ddpm, ddim, ddim-quadratic or dpm++2m.
         scheduler_config: Read are num_train_timesteps, beta_start, beta_end, beta_schedule
             (linear or scaled_linear), trained_betas, rescale_betas_zero_snr, prediction_type,
             timestep_spacing (leading or trailing), steps_offset and set_alpha_to_one.
@@ -191,9 +192,15 @@ def sampler(name: str, scheduler_config: Mapping[str, Any], steps: int) -> Sampl
         )
     if name == "ddpm":
         rows = _ddpm_rows(alpha_bars, timesteps, prediction_type)
-    elif name == "ddim":
+    elif name.startswith("ddim"):
+        stride = train_steps // steps
+        # As in diffusers, a step leads one stride back, which is not quite the next timestep where
+        # trailing spacing does not divide the training steps evenly.
+        following = [timestep - stride for timestep in timesteps]
+        if name == "ddim-quadratic":
+            following = [*timesteps[1:], -1]
         after_last = _ddim_last_alpha_bar(scheduler_config, alpha_bars)
-        rows = _ddim_rows(alpha_bars, timesteps, prediction_type, train_steps // steps, after_last)
+        rows = _ddim_rows(alpha_bars, timesteps, following, prediction_type, after_last)
     else:
         rows = _dpm_rows(alpha_bars, timesteps, prediction_type)
     return Sampler(
@@ -243,6 +250,10 @@ def _without_terminal_signal(betas: Tensor) -> Tensor:
 
 def _timesteps(name: str, config: Mapping[str, Any], train_steps: int, steps: int) -> list[int]:
     """Training timesteps that a trajectory visits, falling. [S]"""
+    if name == "ddim-quadratic":
+        squares = [((k + 1) / steps) ** 2 * train_steps for k in range(steps)]
+        # Rounded half up; where squares lie closer than timesteps, one timestep after the other.
+        return [max(math.floor(square + 0.5) - 1, k) for k, square in enumerate(squares)][::-1]
     spacing = "trailing" if name == "dpm++2m" else config.get("timestep_spacing", "leading")
     if spacing == "leading":
         stride = train_steps // steps
@@ -303,20 +314,15 @@ def _ddim_last_alpha_bar(config: Mapping[str, Any], alpha_bars: Tensor) -> float
 def _ddim_rows(
     alpha_bars: Tensor,
     timesteps: list[int],
+    following: list[int],
     prediction_type: str,
-    stride: int,
     after_last: float,
 ) -> list[tuple[float, ...]]:
-    """Deterministic DDIM (eta 0).
-
-    As in diffusers, a step leads `stride` timesteps back, which is not quite the next timestep
-    where trailing spacing does not divide the training steps evenly.
-    """
+    """Deterministic DDIM (eta 0); below timestep 0 lies what comes after the last step."""
     rows: list[tuple[float, ...]] = []
-    for timestep in timesteps:
+    for timestep, after in zip(timesteps, following, strict=True):
         bar = float(alpha_bars[timestep])
-        following = timestep - stride
-        next_bar = float(alpha_bars[following]) if following >= 0 else after_last
+        next_bar = float(alpha_bars[after]) if after >= 0 else after_last
         a, b = _x0_of(bar, prediction_type)
         c, d = _eps_of(bar, prediction_type)
         of_x0, of_eps = math.sqrt(next_bar), math.sqrt(1.0 - next_bar)

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 # The surface is smooth: beyond this size it is solved for coarser cells and interpolated.
 GRID = 128
 # Of the membrane against the stiff plate: slopes are carried on for 1/sqrt(TENSION) cells.
-TENSION = 1.0
+TENSION = 0.5
 # How far the equation of one cell reaches.
 REACH = 2
 

@@ -46,7 +46,7 @@ from realfill.sheet import contact_sheet
 DRAWN, PHOTOGRAPHED, SHARP_VIEWS = 8000, 8000, 2400
 # Few steps stay near the mean of what is likely: from a denoiser this small, that is closer to the
 # truth than the texture that more of them add (docs/training.md).
-SAMPLER, STEPS = "ddim", 2
+SAMPLER, STEPS = "ddim-quadratic", 2
 LICENCE = "Apache-2.0; trained from nothing on drawn images and scikit-image's bundled photographs"
 
 

@@ -24,7 +24,7 @@ class Job:
         mask: 1 where pixels are missing, else 0. [S, S]
         seeds: One sample for each.
         steps: U-Net calls per sample.
-        sampler: ddpm, ddim or dpm++2m.
+        sampler: ddpm, ddim, ddim-quadratic or dpm++2m.
         tenant: On whose behalf; tenants share the lane evenly, and so do the scenes of one.
         deadline: When it has to end with what is finished, on ``time.monotonic``'s clock.
         halving: When to look at its samples and which to give up; None keeps all.

@@ -99,7 +99,40 @@ def test_trajectory_equals_diffusers(
         assert float((our_point - their_point).abs().max()) <= 1e-5 * scale
 
 
-@pytest.mark.parametrize("name", ["ddpm", "ddim", "dpm++2m"])
+def test_quadratic_timesteps_are_the_papers() -> None:
+    """tau_i = c i^2, the last of them the last that was trained; and never one twice."""
+    assert sampler("ddim-quadratic", NANO, 2).timesteps.tolist() == [999, 249]
+    assert sampler("ddim-quadratic", SD2, 5).timesteps.tolist() == [999, 639, 359, 159, 39]
+    for steps in (1, 3, 31, 100, 333, 1000):
+        timesteps = sampler("ddim-quadratic", NANO, steps).timesteps
+        assert timesteps[0] == 999
+        assert bool((timesteps.diff() < 0).all())
+        assert timesteps[-1] >= 0
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+def test_quadratic_ddim_goes_from_one_timestep_to_the_next(config: dict[str, Any]) -> None:
+    """x0 and eps of every prediction, put together at the noise of the next timestep (eq. 12)."""
+    ours = sampler("ddim-quadratic", config, 4)
+    bars = DDIMScheduler.from_config(config).alphas_cumprod.double()
+    latents = noise_for(5, 0, SHAPE).unsqueeze(0).double()
+    following = [*ours.timesteps.tolist()[1:], None]
+    last = bars[0] if not config.get("set_alpha_to_one", True) else torch.tensor(1.0).double()
+    for timestep, after, our_point in zip(
+        ours.timesteps, following, our_trajectory(ours, 5), strict=True
+    ):
+        prediction = network(latents.float(), timestep.reshape(1)).double()
+        alpha, sigma = bars[timestep].sqrt(), (1 - bars[timestep]).sqrt()
+        if config["prediction_type"] == "epsilon":
+            x0, eps = (latents - sigma * prediction) / alpha, prediction
+        else:
+            x0, eps = alpha * latents - sigma * prediction, sigma * latents + alpha * prediction
+        bar = last if after is None else bars[after]
+        latents = bar.sqrt() * x0 + (1 - bar).sqrt() * eps
+        assert float((our_point - latents).abs().max()) <= 1e-5 * float(latents.abs().max())
+
+
+@pytest.mark.parametrize("name", ["ddpm", "ddim", "ddim-quadratic", "dpm++2m"])
 @pytest.mark.parametrize("config", [SD2, NANO], ids=["eps", "v zero-snr"])
 def test_samples_at_different_steps_are_bit_equal_to_samples_alone(
     name: str, config: dict[str, Any]
