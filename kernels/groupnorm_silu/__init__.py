@@ -64,6 +64,7 @@ def _check(
     channels = x.shape[1]
     if groups < 1 or channels % groups:
         raise ValueError(f"groups is {groups}; use a divisor of the {channels} channels")
+    expected: dict[str, tuple[Tensor, tuple[int, ...]]]
     expected = {"weight": (weight, (channels,)), "bias": (bias, (channels,))}
     if added is not None:
         expected["added"] = (added, (x.shape[0], channels))

@@ -203,7 +203,7 @@ def _normalise(
         mean = first_mean + tl.sum(steps, axis=0)
         apart = of_chunk - mean[None, :]
         total = tl.sum(within + apart * apart * (pixels * GROUP), axis=0)
-    scale = 1.0 / tl.sqrt(total / (n_pixels * GROUP).to(tl.float32) + eps)
+    scale = tl.div_rn(1.0, tl.sqrt_rn(total / (n_pixels * GROUP) + eps))
     member = _members(n_channels, GROUP, SPAN, GROUPS, CHANNELS)
     lane = tl.arange(0, CHANNELS)
     channel = tl.program_id(1) * SPAN + lane

@@ -110,7 +110,9 @@ def test_a_sample_does_not_depend_on_its_batch_in_the_interpreter() -> None:
 
 @in_interpreter
 @pytest.mark.parametrize("memory_format", FORMATS)
-def test_channels_far_from_each_other_in_the_interpreter(memory_format: torch.memory_format) -> None:
+def test_channels_far_from_each_other_in_the_interpreter(
+    memory_format: torch.memory_format,
+) -> None:
     """A group of channels around 0, 1000 and 2000 is as exact as one around one number."""
     x = features(2, 6, 9, 15) + 1000.0 * torch.arange(3).repeat(2)[:, None, None]
     x = x.contiguous(memory_format=memory_format)
