@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -18,7 +17,7 @@ from service.engine.buckets import bucket_sizes
 from service.engine.cores import all_cores
 from service.engine.cost import CostModel
 from service.engine.job import Job
-from service.engine.moment import Moment
+from service.engine.moment import Step
 from service.engine.runner import Runner
 from service.engine.sample import Sample
 from service.engine.task import Task
@@ -45,25 +44,6 @@ PAUSE_S = 0.05
 LEAD_S = 0.002
 # How often it looks whether the device is through sooner than was expected.
 GLANCE_S = 0.0005
-
-
-@dataclass(frozen=True)
-class Step:
-    """A step that the device was given, and may not be through with.
-
-    Attributes:
-        counts: Samples of each job in it.
-        began, ended: Before and behind it.
-    """
-
-    counts: dict[Task, int]
-    began: Moment
-    ended: Moment
-
-    @property
-    def size(self) -> int:
-        """Samples of all jobs."""
-        return sum(self.counts.values())
 
 
 class Lane:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+
+from service.engine.task import Task
 
 
 class Moment(Protocol):
@@ -62,3 +65,22 @@ class CudaMoment:
         """Seconds by the device's clock, in which it waited for nothing but its own work."""
         assert isinstance(earlier, CudaMoment)
         return earlier._event.elapsed_time(self._event) / 1000
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step that the device was given, and may not be through with.
+
+    Attributes:
+        counts: Samples of each job in it.
+        began, ended: Before and behind it.
+    """
+
+    counts: dict[Task, int]
+    began: Moment
+    ended: Moment
+
+    @property
+    def size(self) -> int:
+        """Samples of all jobs."""
+        return sum(self.counts.values())

