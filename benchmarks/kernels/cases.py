@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.kernels.contest import Case
+from kernels.add_layernorm import add_layernorm
 from kernels.geglu import geglu
 from kernels.groupnorm_silu import groupnorm_silu
 from kernels.merge_lora import merge_lora_
@@ -253,6 +254,33 @@ def geglu_cases(maker: Maker) -> Iterator[Case]:
         yield maker.case("geglu", name, geglu, peer, inputs, moved=3 * values // 2, flops=0)
 
 
+def add_layernorm_cases(maker: Maker) -> Iterator[Case]:
+    """Tokens of each level, before cross attention and before the feed-forward."""
+    for channels, side in maker.sizes.levels:
+        shape = (maker.batch, side * side, channels)
+
+        def inputs(shape: tuple[int, ...] = shape) -> tuple[Tensor, ...]:
+            tokens = [maker.draw(*shape, seed=seed) for seed in range(2)]
+            return *tokens, *(maker.draw(shape[-1], seed=seed) for seed in range(2, 4))
+
+        def ours(residual: Tensor, addend: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+            return add_layernorm(residual, addend, weight, bias, EPS)[1]
+
+        def peer(residual: Tensor, addend: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+            return F.layer_norm(residual + addend, residual.shape[-1:], weight, bias, EPS)
+
+        values = maker.batch * side * side * channels
+        yield maker.case(
+            "add_layernorm",
+            f"c{channels}x{side}",
+            ours,
+            peer,
+            inputs,
+            moved=4 * values + 2 * channels,
+            flops=0,
+        )
+
+
 def sampler_step_cases(maker: Maker) -> Iterator[Case]:
     """A step with history and noise, and the U-Net's next input."""
     sizes, (channels, side) = maker.sizes, maker.sizes.latents
@@ -287,5 +315,6 @@ CASES: dict[str, Callable[[Maker], Iterator[Case]]] = {
     "segmented_lora": segmented_lora_cases,
     "groupnorm_silu": groupnorm_silu_cases,
     "geglu": geglu_cases,
+    "add_layernorm": add_layernorm_cases,
     "sampler_step": sampler_step_cases,
 }

@@ -14,9 +14,16 @@ KERNEL_TYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def groupnorm_silu(
-    x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, *, silu: bool = True
+    x: Tensor,
+    groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    *,
+    silu: bool = True,
+    added: Tensor | None = None,
 ) -> Tensor:
-    """silu(group_norm(x)), calculated in float32 (float64 where x is) and rounded once.
+    """silu(group_norm(x + added)), calculated in float32 (float64 where x is) and rounded once.
 
     Mean and variance are those of the values themselves, never a difference of large sums: a group
     far from zero loses nothing. No gradient flows through it.
@@ -28,6 +35,7 @@ def groupnorm_silu(
         bias: Added to each channel, after its factor. [C]
         eps: Added to the variance, at least 0.
         silu: Whether y * sigmoid(y) follows.
+        added: To all pixels of a channel, before the normalisation. [N, C]
 
     Returns:
         Of the type of x; channels-last where x is, else contiguous. [N, C, H, W]
@@ -37,27 +45,33 @@ def groupnorm_silu(
 
     Source: Wu and He, arXiv:1803.08494; Elfwing et al., arXiv:1702.03118.
     """
-    _check(x, groups, weight, bias, eps)
+    _check(x, groups, weight, bias, eps, added)
     with torch.no_grad():
-        types = (x.dtype, weight.dtype, bias.dtype)
-        if x.numel() and kernels_run_on(x.device) and all(kind in KERNEL_TYPES for kind in types):
+        given = (x, weight, bias) if added is None else (x, weight, bias, added)
+        known = all(tensor.dtype in KERNEL_TYPES for tensor in given)
+        if x.numel() and kernels_run_on(x.device) and known:
             from kernels.groupnorm_silu.kernel import groupnorm_silu_kernel
 
-            return groupnorm_silu_kernel(x, groups, weight, bias, eps, silu)
-        return groupnorm_silu_reference(x, groups, weight, bias, eps, silu)
+            return groupnorm_silu_kernel(x, groups, weight, bias, eps, silu, added)
+        return groupnorm_silu_reference(x, groups, weight, bias, eps, silu, added)
 
 
-def _check(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> None:
+def _check(
+    x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, added: Tensor | None
+) -> None:
     if x.dim() != 4 or not x.is_floating_point():
         raise ValueError(f"x is {x.dtype} of shape {tuple(x.shape)}; pass floating [N, C, H, W]")
     channels = x.shape[1]
     if groups < 1 or channels % groups:
         raise ValueError(f"groups is {groups}; use a divisor of the {channels} channels")
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor.shape != (channels,) or not tensor.is_floating_point():
+    expected: dict[str, tuple[Tensor, tuple[int, ...]]]
+    expected = {"weight": (weight, (channels,)), "bias": (bias, (channels,))}
+    if added is not None:
+        expected["added"] = (added, (x.shape[0], channels))
+    for name, (tensor, shape) in expected.items():
+        if tensor.shape != shape or not tensor.is_floating_point():
             raise ValueError(
-                f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}; pass floating "
-                f"{(channels,)}"
+                f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}; pass floating {shape}"
             )
         if tensor.device != x.device:
             raise ValueError(f"{name} is on {tensor.device}, but x on {x.device}; move it")

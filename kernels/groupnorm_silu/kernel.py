@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from typing import Any
 
 import torch
@@ -11,233 +13,307 @@ from torch import Tensor
 
 from kernels.groupnorm_silu.reference import format_of
 
-# Values that a program holds at a time, and pixels that it goes through.
-TILE = 4096
-LANES = 128
-CHUNK_PIXELS = 256
+# Values that a program holds at a time, 32 for each thread of its warps.
+TILE = 8192
+WARPS = 8
+# Most channels side by side in a tile, unless a group alone has more, and how many a thread reads.
+LANES = 256
+VECTOR = 8
+# Pixels that a program goes through at least, and in how many chunks an image is divided at most.
+CHUNK_PIXELS = 64
+CHUNKS = 32
 
 
 @triton.jit
 def _place(
-    start: tl.tensor,
+    first: tl.tensor,
     stop: tl.tensor,
-    width: tl.tensor,
-    group_channels: tl.tensor,
-    n_groups: tl.tensor,
-    sample_stride: tl.tensor,
+    n_channels: tl.tensor,
     channel_stride: tl.tensor,
-    row_stride: tl.tensor,
     pixel_stride: tl.tensor,
     PIXELS: tl.constexpr,
+    SPAN: tl.constexpr,
+    CHANNELS: tl.constexpr,
+) -> Any:
+    """Offsets of one tile within its sample, and what of it exists. [PIXELS, CHANNELS]"""
+    pixel = first + tl.arange(0, PIXELS)[:, None]
+    lane = tl.arange(0, CHANNELS)[None, :]
+    channel = tl.program_id(1) * SPAN + lane
+    inside = (pixel < stop) & (lane < SPAN) & (channel < n_channels)
+    return pixel * pixel_stride + channel * channel_stride, inside
+
+
+@triton.jit
+def _members(
+    n_channels: tl.tensor,
+    GROUP: tl.constexpr,
+    SPAN: tl.constexpr,
     GROUPS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ) -> Any:
-    """Offsets of one tile and what of it exists, pixels by groups by channels of a group."""
-    pixel = start + tl.arange(0, PIXELS)[:, None, None]
-    group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)[None, :, None]
-    channel = tl.arange(0, CHANNELS)[None, None, :]
-    inside = (pixel < stop) & (group < n_groups) & (channel < group_channels)
-    offsets = (
-        tl.program_id(2).to(tl.int64) * sample_stride
-        + (pixel // width) * row_stride
-        + (pixel % width) * pixel_stride
-        + (group * group_channels + channel) * channel_stride
-    )
-    return offsets, inside
+    """Which channels of the span belong to which of its groups. [GROUPS, CHANNELS]"""
+    lane = tl.arange(0, CHANNELS)[None, :]
+    there = (lane < SPAN) & (tl.program_id(1) * SPAN + lane < n_channels)
+    return (lane // GROUP == tl.arange(0, GROUPS)[:, None]) & there
 
 
 @triton.jit
 def _chunk_statistics(
     x: tl.tensor,
+    added: tl.tensor,
     start: tl.tensor,
     stop: tl.tensor,
-    width: tl.tensor,
-    group_channels: tl.tensor,
-    n_groups: tl.tensor,
-    x_sample: tl.tensor,
+    n_channels: tl.tensor,
     x_channel: tl.tensor,
-    x_row: tl.tensor,
     x_pixel: tl.tensor,
     PIXELS: tl.constexpr,
+    GROUP: tl.constexpr,
+    SPAN: tl.constexpr,
     GROUPS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ) -> Any:
-    """Mean and sum of squared distances from it, of each group over one chunk of pixels.
+    """Mean and sum of squared distances from it, of each group over one chunk of a sample.
 
-    Tiles are joined as Chan, Golub and LeVeque join samples: no large sums are subtracted.
+    Tiles, and then the channels of a group, are joined as Chan, Golub and LeVeque join samples:
+    no large sums are subtracted.
     """
-    mean = tl.zeros((GROUPS,), dtype=tl.float32)
-    squares = tl.zeros((GROUPS,), dtype=tl.float32)
+    mean = tl.zeros((CHANNELS,), dtype=tl.float32)
+    squares = tl.zeros((CHANNELS,), dtype=tl.float32)
     for first in range(start, stop, PIXELS):
         offsets, inside = _place(
-            first, stop, width, group_channels, n_groups,
-            x_sample, x_channel, x_row, x_pixel, PIXELS, GROUPS, CHANNELS,
-        )  # fmt: skip
+            first, stop, n_channels, x_channel, x_pixel, PIXELS, SPAN, CHANNELS
+        )
         values = tl.load(x + offsets, mask=inside, other=0.0).to(tl.float32)
-        before = ((first - start) * group_channels).to(tl.float32)
-        number = (tl.minimum(stop - first, PIXELS) * group_channels).to(tl.float32)
-        of_tile = tl.sum(tl.sum(values, axis=2), axis=0) / number
-        # Once more around the first mean, which far from zero is only as exact as its size allows.
-        apart = tl.where(inside, values - of_tile[None, :, None], 0.0)
-        of_tile += tl.sum(tl.sum(apart, axis=2), axis=0) / number
-        apart = tl.where(inside, values - of_tile[None, :, None], 0.0)
-        step = of_tile - mean
+        before = (first - start).to(tl.float32)
+        number = tl.minimum(stop - first, PIXELS).to(tl.float32)
+        of_tile = tl.sum(values, axis=0) / number
+        apart = tl.where(inside, values - of_tile[None, :], 0.0)
+        # A mean far from zero is only as exact as its size allows: what it missed is made good.
+        missed = tl.sum(apart, axis=0) / number
+        around = tl.sum(apart * apart, axis=0) - missed * missed * number
+        step = of_tile + missed - mean
         share = number / (before + number)
         mean += step * share
-        squares += tl.sum(tl.sum(apart * apart, axis=2), axis=0) + step * step * before * share
-    return mean, squares
+        squares += tl.maximum(around, 0.0) + step * step * before * share
+    if added is not None:
+        lane = tl.arange(0, CHANNELS)
+        channel = tl.program_id(1) * SPAN + lane
+        known = (lane < SPAN) & (channel < n_channels)
+        mean += tl.load(added + channel, mask=known, other=0.0).to(tl.float32)
+    member = _members(n_channels, GROUP, SPAN, GROUPS, CHANNELS)
+    of_group = tl.sum(tl.where(member, mean[None, :], 0.0), axis=1) / GROUP
+    apart = tl.where(member, mean[None, :] - of_group[:, None], 0.0)
+    of_group += tl.sum(apart, axis=1) / GROUP
+    apart = tl.where(member, mean[None, :] - of_group[:, None], 0.0)
+    within = tl.where(member, squares[None, :], 0.0)
+    return of_group, tl.sum(within + apart * apart * (stop - start), axis=1)
 
 
 @triton.jit
 def _statistics(
-    x: tl.tensor,  # [N, C, H, W], any strides
-    means: tl.tensor,  # [N, groups, chunks]
-    squares: tl.tensor,  # [N, groups, chunks]
+    x: tl.tensor,  # [N, C, H * W], any strides
+    added: tl.tensor,  # [N, C] or None
+    means: tl.tensor,  # [N, chunks, groups]
+    squares: tl.tensor,  # [N, chunks, groups]
     n_pixels: tl.tensor,
-    width: tl.tensor,
-    group_channels: tl.tensor,
-    n_groups: tl.tensor,
+    n_channels: tl.tensor,
     x_sample: tl.tensor,
     x_channel: tl.tensor,
-    x_row: tl.tensor,
     x_pixel: tl.tensor,
     CHUNK: tl.constexpr,
     PIXELS: tl.constexpr,
+    GROUP: tl.constexpr,
+    SPAN: tl.constexpr,
     GROUPS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ) -> None:
-    """One chunk of some groups of one sample: chunks along 0, groups along 1, samples along 2."""
+    """One chunk of some groups of one sample: chunks along 0, spans along 1, samples along 2."""
+    sample = tl.program_id(2).to(tl.int64)
+    if added is not None:
+        added += sample * n_channels
     start = tl.program_id(0) * CHUNK
     mean, of_chunk = _chunk_statistics(
-        x, start, tl.minimum(start + CHUNK, n_pixels), width, group_channels, n_groups,
-        x_sample, x_channel, x_row, x_pixel, PIXELS, GROUPS, CHANNELS,
+        x + sample * x_sample, added, start, tl.minimum(start + CHUNK, n_pixels), n_channels,
+        x_channel, x_pixel, PIXELS, GROUP, SPAN, GROUPS, CHANNELS,
     )  # fmt: skip
-    group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
-    place = (tl.program_id(2) * n_groups + group) * tl.num_programs(0) + tl.program_id(0)
-    tl.store(means + place, mean, mask=group < n_groups)
-    tl.store(squares + place, of_chunk, mask=group < n_groups)
+    of_span = tl.arange(0, GROUPS)
+    group = tl.program_id(1) * (SPAN // GROUP) + of_span
+    n_groups = n_channels // GROUP
+    known = (of_span < SPAN // GROUP) & (group < n_groups)
+    place = (sample * tl.num_programs(0) + tl.program_id(0)) * n_groups + group
+    tl.store(means + place, mean, mask=known)
+    tl.store(squares + place, of_chunk, mask=known)
 
 
 @triton.jit
 def _normalise(
-    x: tl.tensor,  # [N, C, H, W], any strides
-    y: tl.tensor,  # [N, C, H, W], any strides
+    x: tl.tensor,  # [N, C, H * W], any strides
+    y: tl.tensor,  # [N, C, H * W], any strides
     weight: tl.tensor,  # [C]
     bias: tl.tensor,  # [C]
-    means: tl.tensor,  # [N, groups, chunks]
-    squares: tl.tensor,  # [N, groups, chunks]
+    added: tl.tensor,  # [N, C] or None
+    means: tl.tensor,  # [N, chunks, groups]
+    squares: tl.tensor,  # [N, chunks, groups]
     eps: tl.tensor,
     n_pixels: tl.tensor,
-    width: tl.tensor,
-    group_channels: tl.tensor,
-    n_groups: tl.tensor,
+    n_channels: tl.tensor,
     x_sample: tl.tensor,
     x_channel: tl.tensor,
-    x_row: tl.tensor,
     x_pixel: tl.tensor,
     y_sample: tl.tensor,
     y_channel: tl.tensor,
-    y_row: tl.tensor,
     y_pixel: tl.tensor,
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
     PIXELS: tl.constexpr,
+    GROUP: tl.constexpr,
+    SPAN: tl.constexpr,
     GROUPS: tl.constexpr,
     CHANNELS: tl.constexpr,
     ALONE: tl.constexpr,
     SILU: tl.constexpr,
 ) -> None:
     """The same grid; a chunk that is ALONE in its image needs no statistics from elsewhere."""
+    # The last sample first: what the statistics read last is the likeliest to be in the cache.
+    sample = (tl.num_programs(2) - 1 - tl.program_id(2)).to(tl.int64)
+    x += sample * x_sample
+    y += sample * y_sample
+    if added is not None:
+        added += sample * n_channels
     start = tl.program_id(0) * CHUNK
     stop = tl.minimum(start + CHUNK, n_pixels)
-    group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
     if ALONE:
         mean, total = _chunk_statistics(
-            x, start, stop, width, group_channels, n_groups,
-            x_sample, x_channel, x_row, x_pixel, PIXELS, GROUPS, CHANNELS,
+            x, added, start, stop, n_channels,
+            x_channel, x_pixel, PIXELS, GROUP, SPAN, GROUPS, CHANNELS,
         )  # fmt: skip
     else:
-        chunk = tl.arange(0, CHUNKS)[None, :]
-        there = (group[:, None] < n_groups) & (chunk < tl.num_programs(0))
-        place = (tl.program_id(2) * n_groups + group[:, None]) * tl.num_programs(0) + chunk
+        chunk = tl.arange(0, CHUNKS)[:, None]
+        of_span = tl.arange(0, GROUPS)[None, :]
+        group = tl.program_id(1) * (SPAN // GROUP) + of_span
+        n_groups = n_channels // GROUP
+        known = (of_span < SPAN // GROUP) & (group < n_groups)
+        there = (chunk < tl.num_programs(0)) & known
+        place = (sample * tl.num_programs(0) + chunk) * n_groups + group
         of_chunk = tl.load(means + place, mask=there, other=0.0)
-        pixels = tl.minimum(n_pixels - chunk * CHUNK, CHUNK)
-        number = tl.where(there, pixels * group_channels, 0).to(tl.float32)
-        share = number / (n_pixels * group_channels)
-        first_mean = tl.sum(tl.where(chunk == 0, of_chunk, 0.0), axis=1)
-        mean = first_mean + tl.sum((of_chunk - first_mean[:, None]) * share, axis=1)
-        apart = of_chunk - mean[:, None]
         within = tl.load(squares + place, mask=there, other=0.0)
-        total = tl.sum(within + apart * apart * number, axis=1)
-    scale = 1.0 / tl.sqrt(total / (n_pixels * group_channels) + eps)
-    channel = tl.arange(0, CHANNELS)[None, :]
-    parameter = group[:, None] * group_channels + channel
-    known = (group[:, None] < n_groups) & (channel < group_channels)
-    factor = tl.load(weight + parameter, mask=known, other=0.0).to(tl.float32) * scale[:, None]
-    added = tl.load(bias + parameter, mask=known, other=0.0).to(tl.float32)
+        pixels = tl.where(there, tl.minimum(n_pixels - chunk * CHUNK, CHUNK), 0).to(tl.float32)
+        first_mean = tl.sum(tl.where(chunk == 0, of_chunk, 0.0), axis=0)
+        steps = (of_chunk - first_mean[None, :]) * (pixels / n_pixels)
+        mean = first_mean + tl.sum(steps, axis=0)
+        apart = of_chunk - mean[None, :]
+        total = tl.sum(within + apart * apart * (pixels * GROUP), axis=0)
+    scale = tl.div_rn(1.0, tl.sqrt_rn(total / (n_pixels * GROUP) + eps))
+    member = _members(n_channels, GROUP, SPAN, GROUPS, CHANNELS)
+    lane = tl.arange(0, CHANNELS)
+    channel = tl.program_id(1) * SPAN + lane
+    known = (lane < SPAN) & (channel < n_channels)
+    factor = tl.load(weight + channel, mask=known, other=0.0).to(tl.float32)
+    factor *= tl.sum(tl.where(member, scale[:, None], 0.0), axis=0)
+    shift = tl.load(bias + channel, mask=known, other=0.0).to(tl.float32)
+    middle = tl.sum(tl.where(member, mean[:, None], 0.0), axis=0)
+    if added is not None:
+        middle -= tl.load(added + channel, mask=known, other=0.0).to(tl.float32)
     for first in range(start, stop, PIXELS):
         offsets, inside = _place(
-            first, stop, width, group_channels, n_groups,
-            x_sample, x_channel, x_row, x_pixel, PIXELS, GROUPS, CHANNELS,
-        )  # fmt: skip
+            first, stop, n_channels, x_channel, x_pixel, PIXELS, SPAN, CHANNELS
+        )
         values = tl.load(x + offsets, mask=inside, other=0.0).to(tl.float32)
-        normed = (values - mean[None, :, None]) * factor[None, :, :] + added[None, :, :]
+        normed = (values - middle[None, :]) * factor[None, :] + shift[None, :]
         if SILU:
             # Bounded where exp would overflow; what is divided by it is nothing long before.
             normed = normed / (1.0 + tl.exp(tl.minimum(-normed, 88.0)))
         offsets, inside = _place(
-            first, stop, width, group_channels, n_groups,
-            y_sample, y_channel, y_row, y_pixel, PIXELS, GROUPS, CHANNELS,
-        )  # fmt: skip
+            first, stop, n_channels, y_channel, y_pixel, PIXELS, SPAN, CHANNELS
+        )
         tl.store(y + offsets, normed.to(y.dtype.element_ty), mask=inside)
 
 
+@functools.cache
+def tiling(channels: int, groups: int, n_pixels: int) -> dict[str, int]:
+    """Sizes of chunks and tiles, which depend on one sample's shape alone.
+
+    A span is the channels side by side of a tile: whole groups, and beginning where a thread can
+    read its channels at once. Of those the one that leaves the fewest lanes idle is taken.
+    """
+    group = channels // groups
+    unit = math.lcm(group, VECTOR)
+    unit = unit if unit <= LANES else group
+    spans = range(unit, max(unit, LANES) + 1, unit)
+
+    def lanes(span: int) -> int:
+        return triton.cdiv(channels, span) * triton.next_power_of_2(span)
+
+    span = min(spans, key=lanes)
+    block = triton.next_power_of_2(span)
+    chunk = max(CHUNK_PIXELS, triton.next_power_of_2(triton.cdiv(n_pixels, CHUNKS)))
+    return {
+        "CHUNK": chunk,
+        "PIXELS": min(max(1, TILE // block), chunk),
+        "GROUP": group,
+        "SPAN": span,
+        "GROUPS": triton.next_power_of_2(span // group),
+        "CHANNELS": block,
+    }
+
+
 def groupnorm_silu_kernel(
-    x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool
+    x: Tensor,
+    groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    silu: bool,
+    added: Tensor | None,
 ) -> Tensor:
     """One launch where an image is one chunk of pixels, else two.
 
+    Features whose pixels are not evenly spaced are copied first.
+
     Args:
-        x, groups, weight, bias, eps, silu: As in `kernels.groupnorm_silu.groupnorm_silu`, which
-            has checked them.
+        x, groups, weight, bias, eps, silu, added: As in `kernels.groupnorm_silu.groupnorm_silu`,
+            which has checked them.
     """
     samples, channels, height, width = x.shape
+    n_pixels = height * width
     y = torch.empty_like(x, memory_format=format_of(x))
+    pixels, outcome = x.flatten(2), y.flatten(2)
     weight, bias = weight.contiguous(), bias.contiguous()
-    group_channels = channels // groups
-    block_channels = triton.next_power_of_2(group_channels)
-    block_groups = min(triton.next_power_of_2(groups), max(1, LANES // block_channels))
-    pixels = min(
-        max(1, TILE // (block_groups * block_channels)), triton.next_power_of_2(height * width)
-    )
-    chunks = triton.cdiv(height * width, CHUNK_PIXELS)
-    statistics = torch.empty(2, samples, groups, chunks, dtype=torch.float32, device=x.device)
-    grid = (chunks, triton.cdiv(groups, block_groups), samples)
-    sizes = (height * width, width, group_channels, groups)
-    tile = {
-        "CHUNK": CHUNK_PIXELS,
-        "PIXELS": pixels,
-        "GROUPS": block_groups,
-        "CHANNELS": block_channels,
-    }
+    added = None if added is None else added.contiguous()
+    tile = tiling(channels, groups, n_pixels)
+    chunks = triton.cdiv(n_pixels, tile["CHUNK"])
+    statistics = torch.empty(2, samples, chunks, groups, dtype=torch.float32, device=x.device)
+    grid = (chunks, triton.cdiv(channels, tile["SPAN"]), samples)
     gather: Any = _statistics[grid]
     normalise: Any = _normalise[grid]
     with torch.cuda.device(x.device) if x.is_cuda else torch.no_grad():
         if chunks > 1:
-            gather(x, *statistics, *sizes, *x.stride(), **tile)
+            gather(
+                pixels,
+                added,
+                *statistics,
+                n_pixels,
+                channels,
+                *pixels.stride(),
+                num_warps=WARPS,
+                **tile,
+            )
         normalise(
-            x,
-            y,
+            pixels,
+            outcome,
             weight,
             bias,
+            added,
             *statistics,
             float(eps),
-            *sizes,
-            *x.stride(),
-            *y.stride(),
+            n_pixels,
+            channels,
+            *pixels.stride(),
+            *outcome.stride(),
             CHUNKS=triton.next_power_of_2(chunks),
             ALONE=chunks == 1,
             SILU=silu,
+            num_warps=WARPS,
             **tile,
         )
     return y

@@ -1,16 +1,21 @@
-"""A U-Net on a GPU: norms and gates in one pass with what is behind them, and one layout kept."""
+"""A U-Net on a GPU: what only moves bytes is joined with its neighbours, and one layout is kept."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 from diffusers import UNet2DConditionModel
 from diffusers.models.activations import GEGLU
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kernels.add_layernorm import add_layernorm
 from kernels.geglu import geglu
 from kernels.groupnorm_silu import groupnorm_silu
 from service.engine.layers import Installed
@@ -27,15 +32,128 @@ class FusedNorm:
     norm: nn.GroupNorm
     silu: bool = True
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """norm(x), or silu(norm(x)). [N, C, H, W]"""
-        norm = self.norm
-        return groupnorm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps, silu=self.silu)
+    def __call__(self, x: Tensor, added: Tensor | None = None) -> Tensor:
+        """norm(x), or silu(norm(x)), with something added to x before. [N, C, H, W] and [N, C]"""
+        norm, silu = self.norm, self.silu
+        return groupnorm_silu(
+            x, norm.num_groups, norm.weight, norm.bias, norm.eps, silu=silu, added=added
+        )
 
 
-def silu_of_timesteps(x: Tensor) -> Tensor:
-    """SiLU of a timestep's embedding; features come with theirs done. [N, D] or [N, C, H, W]"""
-    return x if x.dim() == 4 else F.silu(x)
+def already_done(x: Tensor) -> Tensor:
+    """An activation that what is before it has done."""
+    return x
+
+
+@dataclass
+class FusedPictures:
+    """A residual block that writes its features down only where a convolution reads or makes them.
+
+    The timestep and the bias of the first convolution, which torch adds in passes of their own, are
+    added where the second norm reads. A division by a factor of 1 is left out.
+    """
+
+    block: ResnetBlock2D
+
+    def __call__(self, features: Tensor, temb: Tensor, *_: Any, **__: Any) -> Tensor:
+        """Features, given the timestep's embedding. [N, C, H, W] and [N, D]"""
+        block = self.block
+        hidden, bias = _convolved(block.conv1, FusedNorm(block.norm1)(features))
+        added = block.time_emb_proj(temb if block.skip_time_act else F.silu(temb))
+        hidden = FusedNorm(block.norm2)(hidden, added if bias is None else added + bias)
+        hidden = block.conv2(block.dropout(hidden))
+        kept = features if block.conv_shortcut is None else block.conv_shortcut(features)
+        summed: Tensor = kept + hidden
+        factor = block.output_scale_factor
+        return summed if factor == 1 else summed / factor
+
+
+def _convolved(layer: nn.Conv2d, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """A convolution, and the bias that is still to be added: none where the layer goes another way.
+
+    Returns:
+        [N, C, H, W] and [C]
+    """
+    if type(layer) is not nn.Conv2d or "forward" in vars(layer):
+        return layer(x), None
+    return layer._conv_forward(x, layer.weight, None), layer.bias
+
+
+@dataclass
+class FusedResiduals:
+    """A transformer block whose additions are joined with the layer norms behind them."""
+
+    block: BasicTransformerBlock
+
+    def __call__(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        timestep: Tensor | None = None,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        class_labels: Tensor | None = None,
+        added_cond_kwargs: dict[str, Tensor] | None = None,
+    ) -> Tensor:
+        """Tokens. [N, L, C]"""
+        block, options = self.block, cross_attention_kwargs or {}
+        prompts = encoder_hidden_states
+        summed, normed = _added_and_normed(block.norm1, hidden_states, None)
+        attended = block.attn1(
+            normed,
+            encoder_hidden_states=prompts if block.only_cross_attention else None,
+            attention_mask=attention_mask,
+            **options,
+        )
+        summed, normed = _added_and_normed(block.norm2, summed, attended)
+        attended = block.attn2(
+            normed, encoder_hidden_states=prompts, attention_mask=encoder_attention_mask, **options
+        )
+        summed, normed = _added_and_normed(block.norm3, summed, attended)
+        fed: Tensor = block.ff(normed)
+        return fed + summed
+
+
+def _added_and_normed(
+    norm: nn.LayerNorm, residual: Tensor, addend: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """residual + addend, and its norm. [N, L, C] each"""
+    return add_layernorm(residual, addend, norm.weight, norm.bias, norm.eps)
+
+
+@dataclass
+class PlainAttention:
+    """Attention as SD2 has it, without the division of its outcome by 1."""
+
+    attention: Attention
+
+    def __call__(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """Tokens that attended to tokens, or to prompts. [N, L, C] and [N, K, D] to [N, L, C]"""
+        attention = self.attention
+        if attention_mask is not None:
+            own = partial(Attention.forward, attention)
+            masked: Tensor = own(hidden_states, encoder_hidden_states, attention_mask, **options)
+            return masked
+        seen = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        query, key, value = (
+            layer(tokens).unflatten(-1, (attention.heads, -1)).transpose(1, 2)
+            for layer, tokens in (
+                (attention.to_q, hidden_states),
+                (attention.to_k, seen),
+                (attention.to_v, seen),
+            )
+        )
+        attended = F.scaled_dot_product_attention(query, key, value)
+        out, dropout = attention.to_out
+        projected: Tensor = dropout(out(attended.transpose(1, 2).flatten(2)))
+        return projected
 
 
 @dataclass
@@ -79,25 +197,63 @@ class KeptLayout:
 
 
 def install_fusion(unet: UNet2DConditionModel) -> Installed:
-    """Fuse group norms with their SiLU, and gates with their features, until they are released.
+    """Let a U-Net's blocks move fewer bytes, until they are released.
 
-    The norms before attention have none. There the gain is the layout: torch's own would turn
-    channels-last features round, and they would be turned back for the linear layer behind. For
-    the same reason what leaves a transformer keeps its layout.
+    Group norms are fused with their SiLU and with what is added before, additions with the layer
+    norm behind them, gates with their features. The norms before attention have no SiLU. There the
+    gain is the layout: torch's own would turn channels-last features round, and they would be
+    turned back for the linear layer behind. For the same reason what leaves a transformer keeps its
+    layout. Blocks of other kinds than SD2's stay as they are.
     """
     installed = Installed()
     for block in unet.modules():
-        plain = isinstance(block, ResnetBlock2D) and block.time_embedding_norm == "default"
-        if plain and isinstance(block.nonlinearity, nn.SiLU):
-            for norm in (block.norm1, block.norm2):
-                installed.install(norm, FusedNorm(norm))
-            installed.install(block.nonlinearity, silu_of_timesteps)
+        if isinstance(block, ResnetBlock2D) and _is_plain_resnet(block):
+            installed.install(block, FusedPictures(block))
         if isinstance(block, Transformer2DModel) and isinstance(block.norm, nn.GroupNorm):
             installed.install(block.norm, FusedNorm(block.norm, silu=False))
             installed.install(block, KeptLayout(block), "_get_output_for_continuous_inputs")
+        if isinstance(block, BasicTransformerBlock) and _is_plain_transformer(block):
+            installed.install(block, FusedResiduals(block))
+        if isinstance(block, Attention) and _is_plain_attention(block):
+            installed.install(block, PlainAttention(block))
         if isinstance(block, GEGLU):
             installed.install(block, FusedGates(block))
     if isinstance(unet.conv_norm_out, nn.GroupNorm) and isinstance(unet.conv_act, nn.SiLU):
         installed.install(unet.conv_norm_out, FusedNorm(unet.conv_norm_out))
-        installed.install(unet.conv_act, silu_of_timesteps)
+        installed.install(unet.conv_act, already_done)
     return installed
+
+
+def _is_plain_resnet(block: ResnetBlock2D) -> bool:
+    """Whether a residual block adds the timestep, and keeps the size of its pictures."""
+    return (
+        block.time_embedding_norm == "default"
+        and block.time_emb_proj is not None
+        and block.upsample is None
+        and block.downsample is None
+        and isinstance(block.nonlinearity, nn.SiLU)
+    )
+
+
+def _is_plain_transformer(block: BasicTransformerBlock) -> bool:
+    """Whether a block is self attention, cross attention and feed-forward behind layer norms."""
+    norms = (block.norm1, block.norm2, block.norm3)
+    return (
+        block.norm_type == "layer_norm"
+        and block.attn2 is not None
+        and block.pos_embed is None
+        and block._chunk_size is None
+        and not hasattr(block, "fuser")
+        and all(type(norm) is nn.LayerNorm and "forward" not in vars(norm) for norm in norms)
+    )
+
+
+def _is_plain_attention(attention: Attention) -> bool:
+    """Whether attention runs torch's function on what its layers project, and nothing besides."""
+    besides = (attention.spatial_norm, attention.group_norm, attention.norm_cross)
+    return (
+        type(attention.processor) is AttnProcessor2_0
+        and all(not norm for norm in (*besides, attention.norm_q, attention.norm_k))
+        and not attention.residual_connection
+        and attention.rescale_output_factor == 1
+    )

@@ -72,7 +72,7 @@ def test_normalisation_in_the_interpreter(
 
 @in_interpreter
 def test_a_slice_in_the_interpreter() -> None:
-    """Strides of no memory format are read where they lie."""
+    """Strides of no memory format are read, and the outcome is contiguous."""
     x = features(3, 12, 20, 34)[::2, ::2, 1:19, ::3]
     weight, bias = (tensor[::2] for tensor in parameters(12))
     y = groupnorm_silu(x, 3, weight, bias, 1e-5)
@@ -108,12 +108,51 @@ def test_a_sample_does_not_depend_on_its_batch_in_the_interpreter() -> None:
     assert torch.equal(groupnorm_silu(x[[2, 0, 1]], 2, weight, bias, 1e-5), together[[2, 0, 1]])
 
 
-@pytest.mark.skipif(interpreted(), reason="a process that interprets cannot compile")
-@pytest.mark.parametrize("alone", [True, False])
-def test_kernels_compile_for_hopper_without_a_gpu(
-    alone: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@in_interpreter
+@pytest.mark.parametrize("memory_format", FORMATS)
+def test_channels_far_from_each_other_in_the_interpreter(
+    memory_format: torch.memory_format,
 ) -> None:
-    """The compiler accepts both kernels, which the interpreter alone does not prove."""
+    """A group of channels around 0, 1000 and 2000 is as exact as one around one number."""
+    x = features(2, 6, 9, 15) + 1000.0 * torch.arange(3).repeat(2)[:, None, None]
+    x = x.contiguous(memory_format=memory_format)
+    weight, bias = parameters(6)
+    y = groupnorm_silu(x, 2, weight, bias, 1e-5)
+    assert_as_exact_as_reference(y, x, 2, weight, bias, True)
+
+
+@in_interpreter
+@pytest.mark.parametrize("side", [5, 20])
+@pytest.mark.parametrize("memory_format", FORMATS)
+def test_what_is_added_in_the_interpreter(memory_format: torch.memory_format, side: int) -> None:
+    """Each sample's own, to each channel, before the mean is taken; in one launch and in two."""
+    x = features(3, 20, side, side).contiguous(memory_format=memory_format)
+    weight, bias = parameters(20)
+    added = features(3, 40, mean=-2)[:, ::2]
+    y = groupnorm_silu(x, 2, weight, bias, 1e-5, added=added)
+    assert_as_exact_as_reference(y, x + added[:, :, None, None], 2, weight, bias, True)
+
+
+@pytest.mark.parametrize(
+    ("channels", "span"), [(320, 120), (640, 120), (960, 120), (1920, 120), (2560, 240)]
+)
+def test_a_span_is_whole_groups_that_begin_on_sixteen_bytes(channels: int, span: int) -> None:
+    """Of half precision, in all of SD2's sizes, with few lanes idle."""
+    from kernels.groupnorm_silu.kernel import tiling
+
+    tile = tiling(channels, 32, 4096)
+    assert (tile["SPAN"], tile["SPAN"] % 8, tile["SPAN"] % tile["GROUP"]) == (span, 0, 0)
+    assert (tile["CHUNK"], tiling(channels, 32, 64)["CHUNK"]) == (128, 64)
+
+
+@pytest.mark.skipif(interpreted(), reason="a process that interprets cannot compile")
+@pytest.mark.parametrize("added", [True, False])
+@pytest.mark.parametrize("side", [8, 64])
+@pytest.mark.parametrize("channels", [320, 1920, 2560])
+def test_kernels_compile_for_hopper_without_a_gpu(
+    channels: int, side: int, added: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The compiler accepts both; channels-last features are moved sixteen bytes at a time."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -121,22 +160,36 @@ def test_kernels_compile_for_hopper_without_a_gpu(
     from kernels.groupnorm_silu import kernel
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    tile = {"CHUNK": kernel.CHUNK_PIXELS, "PIXELS": 32, "GROUPS": 8, "CHANNELS": 16}
-    constants = {
-        kernel._statistics: tile,
-        kernel._normalise: {**tile, "CHUNKS": 1 if alone else 16, "ALONE": alone, "SILU": True},
-    }
-    pointers = dict.fromkeys(("x", "y", "weight", "bias"), "*bf16")
+    tile: dict[str, object] = dict(kernel.tiling(channels, 32, side * side))
+    # What a launch says of channels-last features: one channel lies beside the next.
+    tile |= {"x_channel": 1} if added else {"x_channel": 1, "added": None}
+    chunks = max(1, side * side // kernel.tiling(channels, 32, side * side)["CHUNK"])
+    last = {"y_channel": 1, "CHUNKS": chunks, "ALONE": chunks == 1, "SILU": True}
+    pointers = dict.fromkeys(("x", "y", "weight", "bias", "added"), "*bf16")
     pointers |= {"means": "*fp32", "squares": "*fp32", "eps": "fp32"}
-    for function, fixed in constants.items():
+    ptx = {}
+    for function, fixed in ((kernel._statistics, tile), (kernel._normalise, {**tile, **last})):
         types = {
             name: "constexpr" if name in fixed else pointers.get(name, "i32")
             for name in function.arg_names
         }
+        # And of SD2's sizes: all are multiples of sixteen.
+        sixteenths = {
+            (place,): [["tt.divisibility", 16]]
+            for place, kind in enumerate(types.values())
+            if kind not in ("constexpr", "fp32")
+        }
         compiled = triton.compile(
-            ASTSource(function, types, constexprs=fixed), target=GPUTarget("cuda", 90, 32)
+            ASTSource(function, types, constexprs=fixed, attrs=sixteenths),
+            target=GPUTarget("cuda", 90, 32),
+            options={"num_warps": kernel.WARPS},
         )
-        assert "ld.global" in compiled.asm["ptx"]
+        ptx[function] = compiled.asm["ptx"]
+        assert "ld.global.v4.b32" in ptx[function]
+        # Nothing of x is read in smaller pieces than sixteen bytes.
+        assert "ld.global.b16" not in ptx[function].split("bar.sync")[0]
+    assert "st.global.v4.b32" in ptx[kernel._normalise]
+    assert "st.global.b16" not in ptx[kernel._normalise]
 
 
 @pytest.mark.gpu
@@ -160,3 +213,30 @@ def test_normalisation_on_a_gpu(
     y = groupnorm_silu(x.cuda(), groups, weight.cuda(), bias.cuda(), 1e-5)
     assert y.is_contiguous(memory_format=memory_format)
     assert_as_exact_as_reference(y.cpu(), x, groups, weight, bias, True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("side", [8, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_what_is_added_on_a_gpu(side: int, dtype: torch.dtype) -> None:
+    """Compiled: as if the reference had been given the sum in float64, beside its own error."""
+    x = features(3, 320, side, side, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    weight, bias = parameters(320, dtype)
+    added = features(3, 320, dtype=dtype, mean=-2)
+    given = (tensor.cuda() for tensor in (weight, bias))
+    y = groupnorm_silu(x.cuda(), 32, *given, 1e-5, added=added.cuda())
+    plain = groupnorm_silu_reference(x, 32, weight, bias, 1e-5, True, added)
+    epsilon = torch.finfo(dtype).eps
+    torch.testing.assert_close(y.cpu(), plain, rtol=2 * epsilon, atol=32 * epsilon)
+
+
+@pytest.mark.gpu
+def test_a_sample_does_not_depend_on_its_batch_on_a_gpu() -> None:
+    """Alone and at another place, the same bits, at each of SD2's levels."""
+    for channels, side in ((320, 64), (640, 32), (1280, 16), (2560, 8)):
+        x = features(3, channels, side, side, dtype=torch.bfloat16).cuda()
+        x = x.contiguous(memory_format=torch.channels_last)
+        weight, bias = (tensor.cuda() for tensor in parameters(channels, torch.bfloat16))
+        together = groupnorm_silu(x, 32, weight, bias, 1e-5)
+        for n in range(3):
+            assert torch.equal(groupnorm_silu(x[n : n + 1], 32, weight, bias, 1e-5)[0], together[n])

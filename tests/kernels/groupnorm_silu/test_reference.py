@@ -58,6 +58,17 @@ def test_a_slice_gives_what_its_copy_gives() -> None:
     torch.testing.assert_close(y, groupnorm_silu(x.contiguous(), 2, weight, bias, 1e-5))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_what_is_added_is_not_rounded_before_the_normalisation(dtype: torch.dtype) -> None:
+    """The sum is taken in the wider type; what is added may be of another."""
+    x, added = draw(1, 2, 8, 5, 7).to(dtype), draw(4, 2, 8)
+    weight, bias = draw(2, 8), draw(3, 8)
+    y = groupnorm_silu(x, 2, weight, bias, 1e-5, added=added)
+    summed = x.double() + added.double()[:, :, None, None]
+    exact = groupnorm_silu(summed, 2, weight, bias, 1e-5)
+    torch.testing.assert_close(y, exact.to(dtype))
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
@@ -68,6 +79,8 @@ def test_a_slice_gives_what_its_copy_gives() -> None:
         ({"weight": torch.ones(5)}, r"weight is torch.float32 of shape \(5,\)"),
         ({"bias": torch.ones(6, dtype=torch.int64)}, "bias is torch.int64"),
         ({"bias": torch.ones(6, device="meta")}, "move it"),
+        ({"added": torch.ones(6)}, r"added is .* pass floating \(2, 6\)"),
+        ({"added": torch.ones(2, 6, device="meta")}, "move it"),
         ({"eps": -1.0}, "eps is -1.0; use at least 0"),
     ],
 )

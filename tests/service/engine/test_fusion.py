@@ -1,0 +1,131 @@
+"""Blocks that move fewer bytes give what diffusers' own give, whoever replaced their layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import Attention, AttnProcessor
+from diffusers.models.resnet import ResnetBlock2D
+from torch import Tensor, nn
+
+from service.engine.fusion import FusedPictures, FusedResiduals, PlainAttention, install_fusion
+from tests.tiny import tiny_base
+
+
+@pytest.fixture(autouse=True)
+def no_gradients() -> Iterator[None]:
+    """As the engine runs."""
+    with torch.no_grad():
+        yield
+
+
+def draw(seed: int, *shape: int) -> Tensor:
+    """Standard normal numbers."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def drawn(module: Any) -> Any:
+    """A module whose parameters are all of their own, norms included."""
+    for place, parameter in enumerate(module.parameters()):
+        parameter.copy_(draw(place, *parameter.shape) / max(1, parameter[0].numel()) ** 0.5)
+    return module.eval()
+
+
+def replace(layer: nn.Module) -> None:
+    """Let a layer go another way, as adapters do: its own outcome and a term beside it."""
+    plain = layer.forward
+    layer.forward = lambda x: plain(x) * 1.5 + 0.25  # type: ignore[method-assign, assignment]
+
+
+@pytest.mark.parametrize("convolution", ["plain", "replaced"])
+@pytest.mark.parametrize(("out", "factor"), [(8, 1.0), (16, 1.0), (8, 2.0)])
+def test_a_residual_block_gives_what_it_gave(convolution: str, out: int, factor: float) -> None:
+    """With and without a shortcut, also where a factor divides and an adapter replaced a layer."""
+    block = drawn(
+        ResnetBlock2D(
+            in_channels=8, out_channels=out, temb_channels=6, groups=4, output_scale_factor=factor
+        )
+    )
+    features, timestep = draw(1, 2, 8, 5, 6), draw(2, 2, 6)
+    if convolution == "replaced":
+        replace(block.conv1)
+    features = features.contiguous(memory_format=torch.channels_last)
+    outcome = FusedPictures(block)(features, timestep)
+    torch.testing.assert_close(outcome, block(features, timestep), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("only_cross", [True, False])
+def test_a_transformer_block_gives_what_it_gave(affine: bool, only_cross: bool) -> None:
+    """Norms with and without parameters, and layers that an adapter replaced."""
+    block = drawn(
+        BasicTransformerBlock(
+            8,
+            2,
+            4,
+            cross_attention_dim=6,
+            norm_elementwise_affine=affine,
+            only_cross_attention=only_cross,
+        )
+    )
+    replace(block.attn1.to_q)
+    replace(block.attn2.to_out[0])
+    tokens, prompts = draw(1, 2, 9, 8), draw(2, 2, 7, 6)
+    outcome = FusedResiduals(block)(tokens, encoder_hidden_states=prompts)
+    wanted = block(tokens, encoder_hidden_states=prompts)
+    torch.testing.assert_close(outcome, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("crosses", [True, False])
+def test_attention_gives_what_it_gave(crosses: bool, masked: bool) -> None:
+    """Of tokens and of prompts; with a mask it goes diffusers' way."""
+    attention = drawn(Attention(8, 6 if crosses else None, heads=2, dim_head=4))
+    replace(attention.to_k)
+    tokens, prompts = draw(1, 2, 9, 8), draw(2, 2, 9, 6) if crosses else None
+    mask = draw(3, 2, 1, 9) * 5 if masked else None
+    wanted = attention(tokens, prompts, attention_mask=mask)
+    attended = PlainAttention(attention)(tokens, prompts, attention_mask=mask)
+    torch.testing.assert_close(attended, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_of_another_kind_stays_as_it_is() -> None:
+    """Attention with a processor or a factor of its own, and norms that somebody replaced."""
+    unet = tiny_base().unet
+    blocks = [module for module in unet.modules() if isinstance(module, BasicTransformerBlock)]
+    blocks[0].attn1.set_processor(AttnProcessor())
+    blocks[0].attn2.rescale_output_factor = 2.0
+    blocks[1].norm2 = nn.Identity()
+    resnet = next(module for module in unet.modules() if isinstance(module, ResnetBlock2D))
+    resnet.nonlinearity = nn.GELU()
+    installed = install_fusion(unet)
+    kept = (blocks[0].attn1, blocks[0].attn2, blocks[1], resnet)
+    assert [module for module in kept if "forward" in vars(module)] == []
+    assert "forward" in vars(blocks[0])
+    installed.release()
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_in_half_precision_a_fused_network_is_as_exact_as_a_plain_one(device: str) -> None:
+    """Both against float32: fused layers round no more often than those that they replace."""
+    unet = tiny_base().unet
+    inputs = draw(1, 4, 9, 8, 8), torch.tensor([500, 20, 999, 1]), draw(2, 4, 77, 16)
+    exact = unet(*inputs).sample
+    unet = unet.to(device, torch.bfloat16, memory_format=torch.channels_last)
+    half = (
+        inputs[0].to(device, torch.bfloat16),
+        inputs[1].to(device),
+        inputs[2].to(device).bfloat16(),
+    )
+    errors = []
+    plain = unet(*half).sample
+    installed = install_fusion(unet)
+    fused = unet(*half).sample
+    installed.release()
+    for prediction in (plain, fused):
+        errors.append(float((prediction.float().cpu() - exact).square().mean().sqrt()))
+    assert errors[1] <= 1.25 * errors[0]
