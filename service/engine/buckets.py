@@ -11,6 +11,7 @@ from torch import Tensor
 from kernels.sampler_step import sampler_step_
 from realfill.base import Base
 from service.engine.sample import Sample
+from service.engine.staging import pinned
 
 # What a step ran on: the rank classes beside the weights, none where an adapter is merged.
 Mode = tuple[int, ...]
@@ -68,10 +69,11 @@ class StaticStep:
             channels = self.latents.shape[1]
             self.packed[:, :channels] = self.latents
             self.packed[:, channels:] = self.known
-        self.timesteps[:count] = torch.stack([s.told.table.timesteps[s.index] for s in samples])
-        self.rows[:count] = torch.stack([s.told.table.coefficients[s.index] for s in samples])
+        timesteps, rows = zip(*(s.told.rows[s.index] for s in samples), strict=True)
+        self._copy(torch.stack(timesteps), self.timesteps)
+        self._copy(torch.stack(rows), self.rows)
         if any(s.told.table.stochastic for s in samples):
-            self.noise[:count] = torch.stack([s.noise() for s in samples]).to(self.noise.device)
+            self._copy(torch.stack([s.noise() for s in samples]), self.noise)
         self._held = [(sample, sample.index + 1) for sample in samples]
 
     def compute(self) -> None:
@@ -91,6 +93,10 @@ class StaticStep:
             self.history,
             self.noise,
         )
+
+    def _copy(self, values: Tensor, buffer: Tensor) -> None:
+        """From the CPU, without waiting for what the device has to do before."""
+        buffer[: len(values)].copy_(pinned(values, buffer.device), non_blocking=True)
 
     def forget(self) -> None:
         """Take nothing of what is in the buffers for known."""

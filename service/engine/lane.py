@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -17,6 +18,7 @@ from service.engine.buckets import bucket_sizes
 from service.engine.cores import all_cores
 from service.engine.cost import CostModel
 from service.engine.job import Job
+from service.engine.moment import Moment
 from service.engine.runner import Runner
 from service.engine.sample import Sample
 from service.engine.task import Task
@@ -37,10 +39,39 @@ MOST_OVERTAKEN = 8
 PRUDENCE = 1.15
 # While judges look at all samples that there are, the lane looks up this often.
 PAUSE_S = 0.05
+# Before a device is through with a step the lane takes its next turn: by what the last turn took,
+# and so much more, so that the device waits for nothing; no sooner, so that who comes meanwhile is
+# in the next step.
+LEAD_S = 0.002
+# How often it looks whether the device is through sooner than was expected.
+GLANCE_S = 0.0005
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step that the device was given, and may not be through with.
+
+    Attributes:
+        counts: Samples of each job in it.
+        began, ended: Before and behind it.
+    """
+
+    counts: dict[Task, int]
+    began: Moment
+    ended: Moment
+
+    @property
+    def size(self) -> int:
+        """Samples of all jobs."""
+        return sum(self.counts.values())
 
 
 class Lane:
     """Takes turns: end what has to end, begin what can begin, decode a little, make one step.
+
+    A device that computes by itself, as a GPU does, is given a step shortly before it is through
+    with the one before, so that it never waits for a turn. It is at most that one step behind:
+    whoever comes, leaves or is late counts for the step after.
 
     Args:
         runner: The resident base.
@@ -64,6 +95,7 @@ class Lane:
         self._max_running = max_running
         self._cores = cores
         self._most_samples = RUNNING_BATCHES * runner.max_samples
+        self._under_way: Step | None = None
         self._judges = ThreadPoolExecutor(1, thread_name_prefix="judge")
 
     def drive(self) -> None:
@@ -109,6 +141,7 @@ class Lane:
 
     def _turn(self) -> bool:
         """One turn; False where nothing could be done."""
+        began = time.perf_counter()
         for task in list(self.board.running):
             if task.cancelled:
                 self._end(task, Cancelled("the job was cancelled"))
@@ -117,10 +150,13 @@ class Lane:
         self._begin_jobs()
         for task in list(self.board.running):
             self._guard(task, self._look)
+        if any(task.all_finished for task in self.board.running):
+            # Listeners hear of the last step before the answer is there.
+            self._catch_up()
         finished = [task for task in self.board.running if task.all_finished]
         if finished:
             self._guard(finished[0], self._decode)
-        return self._step() or bool(finished)
+        return self._step(began) or bool(finished)
 
     def _begin_jobs(self) -> None:
         """Let waiting jobs run, in their order, as far as samples and adapters have room."""
@@ -218,8 +254,15 @@ class Lane:
         if task.done:
             self._answer(task)
 
-    def _step(self) -> bool:
-        """One denoising step of the samples that are chosen for it; False where none can move."""
+    def _step(self, turn_began: float) -> bool:
+        """Give the device a step of the samples that are chosen for it.
+
+        Args:
+            turn_began: On ``time.perf_counter``'s clock.
+
+        Returns:
+            False where none can move, and nothing was under way either.
+        """
         step_s = self.cost.step_s(self.runner.max_samples)
         ready = [task.ready(step_s) for task in self.board.running]
         chosen = self._batcher.choose([entry for entry in ready if entry is not None])
@@ -227,21 +270,43 @@ class Lane:
             (task, task.movable()[: chosen[task]]) for task in self.board.running if task in chosen
         ]
         if not moving:
-            return False
+            return self._catch_up()
         # Samples of one scene stand side by side, scenes in the order in which they came.
         came = list(dict.fromkeys(task.job.digest for task, _ in moving))
         moving.sort(key=lambda pair: came.index(pair[0].job.digest))
-        batch = [sample for _, samples in moving for sample in samples]
-        began = time.perf_counter()
-        self._advance(moving, batch)
-        self.runner.synchronize()
-        expected = self.cost.step_s(len(batch), corrected=False)
+        began = self.runner.moment()
+        self._advance(moving, [sample for _, samples in moving for sample in samples])
+        counts = {task: len(samples) for task, samples in moving}
+        step = Step(counts, began, self.runner.moment())
+        lead_s = LEAD_S + time.perf_counter() - turn_began
+        self._catch_up()
+        self._under_way = step
+        self._rest(step, lead_s)
+        return True
+
+    def _rest(self, step: Step, lead_s: float) -> None:
+        """Until the device is through with a step that it has just begun, or so soon before."""
+        lasts_s = self.cost.step_s(step.size) or 0.0
+        until = time.perf_counter() + lasts_s - lead_s
+        while not step.ended.passed():
+            if time.perf_counter() >= until:
+                return
+            time.sleep(GLANCE_S)
+        self._catch_up()
+
+    def _catch_up(self) -> bool:
+        """Wait for the step that is under way, and count it; False where there is none."""
+        step, self._under_way = self._under_way, None
+        if step is None:
+            return False
+        step.ended.wait()
+        expected = self.cost.step_s(step.size, corrected=False)
         if expected is not None:
-            self.cost.observe(expected, time.perf_counter() - began)
+            self.cost.observe(expected, step.ended.since(step.began))
         self.board.add_up("steps")
-        for task, samples in moving:
+        for task, count in step.counts.items():
             if task in self.board.running:
-                self._guard(task, partial(self._count, count=len(samples)))
+                self._guard(task, partial(self._count, count=count))
         return True
 
     def _advance(self, moving: list[tuple[Task, list[Sample]]], batch: list[Sample]) -> None:

@@ -24,8 +24,10 @@ from service.engine.fused import FusedWeights
 from service.engine.fusion import install_fusion
 from service.engine.job import Job, Sampled
 from service.engine.layers import Installed, is_exact
+from service.engine.moment import CudaMoment, HostMoment, Moment
 from service.engine.sample import Conditions, Sample
 from service.engine.segmented import SegmentedWeights
+from service.engine.staging import pinned
 from service.engine.weights import Part, Weights
 from service.errors import Cancelled
 
@@ -175,16 +177,19 @@ class Runner:
     def begin(self, job: Job) -> list[Sample]:
         """Encode a job's conditions and draw the noise that its samples start from."""
         told = Conditions(
-            known=conditions(self.base, job.target, job.mask)[0],
-            prompt=job.prompt_embedding.to(self.base.device, self.base.dtype),
+            known=conditions(self.base, self._sent(job.target), self._sent(job.mask))[0],
+            prompt=self._sent(job.prompt_embedding.to(self.base.dtype)),
             table=self._sampler(job.sampler, job.steps),
         )
         shape = (self.base.latent_channels, *told.known.shape[-2:])
-        samples = []
-        for seed in job.seeds:
-            latents = told.table.start(noise_for(seed, 0, shape)).to(self.base.device)
-            samples.append(Sample(job.digest, told, seed, latents, torch.zeros_like(latents)))
-        return samples
+        # Drawn while a GPU encodes, and brought there at once.
+        noise = torch.stack([noise_for(seed, 0, shape) for seed in job.seeds])
+        latents = self._sent(told.table.start(noise))
+        history = torch.zeros_like(latents)
+        return [
+            Sample(job.digest, told, *of_seed)
+            for of_seed in zip(job.seeds, latents, history, strict=True)
+        ]
 
     @torch.no_grad()
     def step(self, samples: Sequence[Sample]) -> None:
@@ -334,6 +339,16 @@ class Runner:
         if self.base.device.type == "cuda":
             torch.cuda.synchronize(self.base.device)
 
+    def moment(self) -> Moment:
+        """The end of what the device was given so far, not waited for."""
+        device = self.base.device
+        return CudaMoment(device) if device.type == "cuda" else HostMoment()
+
+    def _sent(self, values: Tensor) -> Tensor:
+        """On the device as soon as it comes to it, which is not waited for."""
+        device = self.base.device
+        return pinned(values, device).to(device, non_blocking=True)
+
     def _attending(self) -> AbstractContextManager[None]:
         """Attention by cuDNN, where that was asked for."""
         if self.attention == "cudnn":
@@ -345,7 +360,8 @@ class Runner:
         key = (name, steps)
         if key not in self._samplers:
             built = sampler(name, self.base.scheduler.config, steps)
-            self._samplers[key] = built.to(self.base.device)
+            # Buckets take numbers from its tables, which must not wait for the device.
+            self._samplers[key] = built if self.buckets else built.to(self.base.device)
         return self._samplers[key]
 
 

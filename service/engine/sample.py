@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -17,12 +18,18 @@ class Conditions:
     Attributes:
         known: Mask and masked image. [1 + C, h, w]
         prompt: [77, d]
-        table: The sampler.
+        table: The sampler; on the CPU where steps have buffers of their own.
     """
 
     known: Tensor
     prompt: Tensor
     table: Sampler
+
+    @cached_property
+    def rows(self) -> list[tuple[Tensor, Tensor]]:
+        """Timestep and coefficients of each step, [] and [6]: views that are made once a job."""
+        tables = self.table.timesteps, self.table.coefficients
+        return list(zip(*(table.unbind() for table in tables), strict=True))
 
 
 @dataclass(eq=False)

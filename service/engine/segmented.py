@@ -19,7 +19,7 @@ from kernels.segmented_lora import segmented_conv_lora_, segmented_lora_
 from realfill.capsule import Adapter
 from service.engine.arena import Tier, TierMetrics
 from service.engine.layers import Installed, install_exact, is_exact
-from service.engine.staging import StagedAdapter, as_matrix, stage
+from service.engine.staging import StagedAdapter, as_matrix, pinned, stage
 from service.engine.swap import Swapper
 from service.engine.weights import Part, SpoiltWeights, divided
 
@@ -324,8 +324,9 @@ class SegmentedWeights:
         if key not in self._rows_of:
             device = rank_class.scales.device
             self._rows_of[key] = torch.empty(len(rows), dtype=torch.int64, device=device)
-        self._rows_of[key].copy_(torch.tensor(rows))
-        return self._rows_of[key]
+        held = self._rows_of[key]
+        held.copy_(pinned(torch.tensor(rows), held.device), non_blocking=True)
+        return held
 
     def _held(self, digest: str) -> Slot:
         try:

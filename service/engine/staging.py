@@ -75,6 +75,14 @@ def stage(
     return StagedAdapter(digest, float(adapter.scale), factors)
 
 
+def pinned(values: Tensor, device: torch.device) -> Tensor:
+    """A tensor from where a copy to the device makes nobody wait, if it is told not to block.
+
+    The host's memory is not given to anybody else before the device has read it.
+    """
+    return values.pin_memory() if device.type == "cuda" and not values.is_cuda else values
+
+
 def as_matrix(weight: Tensor) -> Tensor:
     """A weight's memory as a matrix, columns in the order they lie in. [out, in]"""
     if weight.dim() == 2 or weight.is_contiguous():

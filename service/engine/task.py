@@ -144,7 +144,7 @@ class Task:
         Raises:
             InvalidCapsule: Its adapter drew something that is no picture.
         """
-        if not all(bool(torch.isfinite(s.latents).all()) for s in self.samples):
+        if not bool(torch.isfinite(torch.stack([s.latents for s in self.samples])).all()):
             raise InvalidCapsule(
                 f"adapter {self.job.digest or 'none'} draws values that are not finite; "
                 "train and publish the scene again"

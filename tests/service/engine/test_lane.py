@@ -295,7 +295,7 @@ def test_lane_that_ends_tells_all_its_jobs_at_once(
     engine = Engine(base, max_running=1).start()
     blocker = Blocker(base, steps=500)
     futures = [blocker.submit(engine), *(engine.submit(job_for(base)) for _ in range(2))]
-    monkeypatch.setattr(engine.runner, "synchronize", lost)
+    monkeypatch.setattr(engine.runner, "moment", lost)
     blocker.release.set()
     for future in futures:
         with pytest.raises(EngineClosed, match=r"device lost\): restart the service"):
