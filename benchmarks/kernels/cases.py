@@ -17,7 +17,7 @@ from kernels.geglu import geglu
 from kernels.groupnorm_silu import groupnorm_silu
 from kernels.merge_lora import merge_lora_
 from kernels.sampler_step import sampler_step
-from kernels.segmented_lora import segmented_conv_lora_, segmented_lora_
+from kernels.segmented_lora import segmented_conv_lora_, segmented_linear, segmented_lora_
 from realfill.complete.samplers import advance
 
 EPS = 1e-5
@@ -153,7 +153,7 @@ def merge_lora_cases(maker: Maker) -> Iterator[Case]:
 
 
 def segmented_lora_cases(maker: Maker) -> Iterator[Case]:
-    """Square layers over all pixels, and convolutions of three by three, each sample its slot."""
+    """Square layers over all pixels, their terms alone and whole, and convolutions of 3x3."""
     batch, rank = maker.batch, maker.sizes.rank
     for channels, side in maker.sizes.levels:
         pixels = side * side
@@ -162,6 +162,11 @@ def segmented_lora_cases(maker: Maker) -> Iterator[Case]:
             shape = (batch, pixels, channels)
             drawn = [maker.draw(*shape, seed=seed) for seed in range(2)]
             return *drawn, *maker.arena(channels, channels)
+
+        def layers(channels: int = channels, pixels: int = pixels) -> tuple[Tensor, ...]:
+            weight = maker.draw(channels, channels, scale=channels**-0.5)
+            x = maker.draw(batch, pixels, channels)
+            return x, weight, maker.draw(channels), *maker.arena(channels, channels)
 
         def images(channels: int = channels, side: int = side) -> tuple[Tensor, ...]:
             x = maker.features(channels, side)
@@ -180,6 +185,15 @@ def segmented_lora_cases(maker: Maker) -> Iterator[Case]:
                 moved=batch * channels * (3 * pixels + rank * (taps + 1)),
                 flops=2 * batch * pixels * channels * rank * (taps + 1),
             )
+        yield maker.case(
+            "segmented_lora",
+            f"layer{channels}x{side}",
+            segmented_linear,
+            _peer_layer,
+            layers,
+            moved=channels * (channels + 1 + 2 * batch * (pixels + rank)),
+            flops=2 * batch * pixels * channels * (channels + 2 * rank),
+        )
 
 
 def _ours_linear(out: Tensor, *rest: Tensor) -> Tensor:
@@ -193,6 +207,10 @@ def _peer_linear(
     down = x @ lora_A[slots].transpose(1, 2)
     term = down @ lora_B[slots].transpose(1, 2)
     return out.add_(term * scales[slots].to(x.dtype)[:, None, None])
+
+
+def _peer_layer(x: Tensor, weight: Tensor, bias: Tensor, *rest: Tensor) -> Tensor:
+    return _peer_linear(F.linear(x, weight, bias), x, *rest)
 
 
 def _ours_conv(out: Tensor, *rest: Tensor) -> Tensor:

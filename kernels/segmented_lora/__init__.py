@@ -1,20 +1,24 @@
-"""Add to each sample of a batch the low-rank term of its own adapter, in place."""
+"""To each sample of a batch the low-rank term of its own adapter, in place or with its layer."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from kernels.launch import kernels_run_on
+from kernels.launch import interpreted, kernels_run_on
 from kernels.segmented_lora.reference import (
     segmented_conv_lora_reference_,
+    segmented_linear_reference,
     segmented_lora_reference_,
 )
 
-__all__ = ["segmented_conv_lora_", "segmented_lora_"]
+__all__ = ["segmented_conv_lora_", "segmented_linear", "segmented_lora_"]
 
 # The kernels hold one block of this many rows of lora_A; registers end soon after.
 MAX_RANK = 128
+# A whole layer in one launch shrinks anew for every tile: wider ranks are better shrunk once.
+MAX_FUSED_RANK = 32
 KERNEL_TYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -56,6 +60,54 @@ def segmented_lora_(
             segmented_lora_kernel_(out, x, lora_A, lora_B, slots, scales)
         else:
             segmented_lora_reference_(out, x, lora_A, lora_B, slots, scales)
+
+
+def segmented_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    slots: Tensor,
+    scales: Tensor,
+) -> Tensor:
+    """A linear layer and the term of each sample: x[n] @ weight.T + bias, then `segmented_lora_`.
+
+    On CUDA, half precision with factors of the same type and a rank of at most 32 is one launch,
+    whose sums in float32 are rounded once; a sample gets the same bits at any place and beside any
+    neighbours. Everything else there is torch's layer and `segmented_lora_`, one after the other.
+
+    Args:
+        x: What the layer is given; any strides. [N, T, in]
+        weight: Of the layer, of the type of `x`; any strides. [out, in]
+        bias: Likewise, or None. [out]
+        lora_A, lora_B, slots, scales: As in `segmented_lora_`; at least one slot.
+
+    Returns:
+        Contiguous, of the type of `x`. [N, T, out]
+
+    Raises:
+        ValueError: As `segmented_lora_`; or weight or bias do not fit, or there is no slot.
+    """
+    _check_layer(x, weight, bias)
+    columns, depth = weight.shape
+    _check(x, x, lora_A, lora_B, slots, scales, depth=depth, columns=columns)
+    if not len(lora_A):
+        raise ValueError("lora_A has no slot; pass at least one, which nobody needs to use")
+    with torch.no_grad():
+        if not x.shape[0] * x.shape[1] * columns:
+            return x.new_empty(*x.shape[:2], columns)
+        if _fuses(x, lora_A):
+            from kernels.segmented_lora.linear import segmented_linear_kernel
+
+            return segmented_linear_kernel(x, weight, bias, lora_A, lora_B, slots, scales)
+        if _kernels_take(x, lora_A):
+            from kernels.segmented_lora.kernel import segmented_lora_kernel_
+
+            out = F.linear(x, weight, bias)
+            segmented_lora_kernel_(out, x, lora_A, lora_B, slots, scales)
+            return out
+        return segmented_linear_reference(x, weight, bias, lora_A, lora_B, slots, scales)
 
 
 def segmented_conv_lora_(
@@ -112,6 +164,30 @@ def _kernels_take(out: Tensor, lora_A: Tensor) -> bool:
     return kernels_run_on(out.device) and all(kind in KERNEL_TYPES for kind in types)
 
 
+def _fuses(x: Tensor, lora_A: Tensor) -> bool:
+    """Whether one kernel is right for the whole layer; float32 is for the interpreter alone."""
+    alike = x.dtype == lora_A.dtype and lora_A.shape[1] <= MAX_FUSED_RANK
+    return alike and _kernels_take(x, lora_A) and (x.dtype != torch.float32 or interpreted())
+
+
+def _check_layer(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    if x.dim() != 3 or weight.dim() != 2 or x.shape[2] != weight.shape[1]:
+        raise ValueError(
+            f"x is {tuple(x.shape)} and weight {tuple(weight.shape)}; pass [N, T, in] and [out, in]"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"bias is {tuple(bias.shape)}; pass [out], here {tuple(weight.shape[:1])}, or None"
+        )
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is None:
+            continue
+        if tensor.dtype != x.dtype:
+            raise ValueError(f"{name} is {tensor.dtype} and x {x.dtype}; use one floating type")
+        if tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device}, but x on {x.device}; move it")
+
+
 def _check(
     out: Tensor,
     x: Tensor,
@@ -144,10 +220,10 @@ def _check(
             f"{(n_slots,)}"
         )
     _check_types(out, x, lora_A, lora_B)
-    for name, tensor in (("x", x), ("lora_A", lora_A), ("lora_B", lora_B), ("scales", scales)):
-        if tensor.device != out.device:
-            raise ValueError(f"{name} is on {tensor.device}, but out on {out.device}; move it")
-    _check_slots(slots, n_slots, out.device)
+    for name, tensor in (("out", out), ("lora_A", lora_A), ("lora_B", lora_B), ("scales", scales)):
+        if tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device}, but x on {x.device}; move it")
+    _check_slots(slots, n_slots, x.device)
 
 
 def _check_types(out: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor) -> None:
@@ -161,7 +237,7 @@ def _check_types(out: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor) -> None
 
 def _check_slots(slots: Tensor, n_slots: int, device: torch.device) -> None:
     if slots.device != device:
-        raise ValueError(f"slots is on {slots.device}, but out on {device}; move it")
+        raise ValueError(f"slots is on {slots.device}, but x on {device}; move it")
     if device.type == "cpu":
         wrong = [slot for slot in slots.tolist() if not -1 <= slot < n_slots]
         if wrong:

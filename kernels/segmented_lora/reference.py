@@ -23,6 +23,28 @@ def segmented_lora_reference_(
     _add_terms_(out, x, lora_A, lora_B, slots, scales, shrink=_shrink)
 
 
+def segmented_linear_reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    slots: Tensor,
+    scales: Tensor,
+) -> Tensor:
+    """x[n] @ weight.T + bias and each sample's term in float32 or wider, rounded once.
+
+    Args:
+        x, weight, bias, lora_A, lora_B, slots, scales: As in
+            `kernels.segmented_lora.segmented_linear`.
+    """
+    inner = torch.promote_types(x.dtype, torch.float32)
+    wide = x.to(inner)
+    out = F.linear(wide, weight.to(inner), None if bias is None else bias.to(inner))
+    segmented_lora_reference_(out, wide, lora_A, lora_B, slots, scales)
+    return out.to(x.dtype)
+
+
 def segmented_conv_lora_reference_(
     out: Tensor,
     x: Tensor,

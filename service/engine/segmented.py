@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from kernels.segmented_lora import segmented_conv_lora_, segmented_lora_
+from kernels.segmented_lora import segmented_conv_lora_, segmented_linear, segmented_lora_
 from realfill.capsule import Adapter
 from service.engine.arena import Tier, TierMetrics
 from service.engine.layers import Installed, install_exact, is_exact
@@ -54,7 +54,8 @@ class RankClass:
             rows, columns = as_matrix(module.weight).shape
             self._shapes[path], self._offsets[path] = (rows, columns), size
             size += rank * (rows + columns)
-        self._dtype = torch.float16 if weight.is_cuda else torch.float32
+        # The base's own type, which one kernel can multiply beside the weights.
+        self._dtype = weight.dtype if weight.is_cuda else torch.float32
         self.slot_bytes = size * self._dtype.itemsize
         count = max(1, budget_bytes // self.slot_bytes)
         self._buffer = torch.zeros(count, size, dtype=self._dtype, device=weight.device)
@@ -113,30 +114,48 @@ class Slots:
 
 @dataclass
 class LowRankLayer:
-    """A target layer that adds every sample's own low-rank term."""
+    """A target layer that adds every sample's own low-rank term.
+
+    Attributes:
+        plain: The layer's way without a term.
+        fused: Whether a linear layer and the terms of the first rank class are one operation.
+    """
 
     path: str
     module: nn.Linear | nn.Conv2d
     plain: object
     slots: Slots
+    fused: bool = False
 
     def __call__(self, x: Tensor) -> Tensor:
         """The layer's outcome. [N, ...]"""
-        out: Tensor = self.plain(x)  # type: ignore[operator]
-        for rank_class, rows in self.slots.of:
-            lora_A, lora_B = rank_class.factors(self.path)
-            if isinstance(self.module, nn.Conv2d):
-                segmented_conv_lora_(
-                    out, x, lora_A, lora_B, rows, rank_class.scales,
-                    kernel_size=_pair(self.module.kernel_size),
-                    stride=_pair(self.module.stride),
-                    padding=_pair(self.module.padding),
-                )  # fmt: skip
-                continue
-            # Layers of the timestep see one row per sample.
-            rows_of = (out, x) if x.dim() == 3 else (out[:, None], x[:, None])
-            segmented_lora_(rows_of[0], rows_of[1], lora_A, lora_B, rows, rank_class.scales)
+        classes = self.slots.of
+        # Layers of the timestep see one row per sample, too few for a tile of a sample's own.
+        if classes and self.fused and isinstance(self.module, nn.Linear) and x.dim() == 3:
+            (first, rows), *classes = classes
+            factors = first.factors(self.path)
+            weights = (self.module.weight, self.module.bias)
+            out = segmented_linear(x, *weights, *factors, rows, first.scales)
+        else:
+            out = self.plain(x)  # type: ignore[operator]
+        for rank_class, rows in classes:
+            self._add_terms_(out, x, rank_class, rows)
         return out
+
+    def _add_terms_(self, out: Tensor, x: Tensor, rank_class: RankClass, rows: Tensor) -> None:
+        """Add the terms of one rank class to what the layer gave without them."""
+        factors = rank_class.factors(self.path)
+        if isinstance(self.module, nn.Conv2d):
+            segmented_conv_lora_(
+                out, x, *factors, rows, rank_class.scales,
+                kernel_size=_pair(self.module.kernel_size),
+                stride=_pair(self.module.stride),
+                padding=_pair(self.module.padding),
+            )  # fmt: skip
+            return
+        if x.dim() == 2:
+            out, x = out[:, None], x[:, None]
+        segmented_lora_(out, x, *factors, rows, rank_class.scales)
 
 
 class SegmentedWeights:
@@ -179,7 +198,8 @@ class SegmentedWeights:
         exact = is_exact(weight.device, weight.dtype)
         installed = install_exact(unet) if exact else Installed()
         for path, module in self._modules.items():
-            installed.install(module, LowRankLayer(path, module, module.forward, self._slots))
+            layer = LowRankLayer(path, module, module.forward, self._slots, fused=weight.is_cuda)
+            installed.install(module, layer)
         return installed
 
     @property

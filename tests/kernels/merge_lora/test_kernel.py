@@ -139,7 +139,7 @@ def test_group_of_unequal_modules_in_the_interpreter() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("rank", [1, 8, 17, 128])
 @pytest.mark.parametrize(("rows", "columns"), [*SIZES, (1280, 5120)])
-@pytest.mark.parametrize("factor", [torch.float32, torch.float16])
+@pytest.mark.parametrize("factor", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_merge_on_a_gpu(
     rows: int, columns: int, rank: int, dtype: torch.dtype, factor: torch.dtype

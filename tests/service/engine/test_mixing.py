@@ -15,7 +15,7 @@ from realfill.errors import AdapterMismatch, InvalidCapsule
 from service.engine.job import Job
 from service.engine.runner import Application, Runner
 from service.engine.sample import Sample
-from service.engine.segmented import padded
+from service.engine.segmented import LowRankLayer, padded
 from service.engine.weights import Part, SpoiltWeights, divided
 from tests.tiny import tiny_adapter, tiny_base
 
@@ -195,6 +195,24 @@ def test_adapters_of_different_ranks_share_a_batch(base: Base, application: Appl
     for one, other in zip(drawn(runner, jobs), alone, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=2e-4)
     assert [padded(rank) for rank in ranks.values()] == [16, 16, 32]
+
+
+def test_layers_and_terms_in_one_operation_draw_the_same(base: Base) -> None:
+    """As on a GPU: the first rank class with the layer, the others after it, as one by one."""
+    runner = runner_of(base, "segmented")
+    jobs = [
+        job_for(base, "sixteen", 1, adapter=tiny_adapter(base, 1, rank=16, scale=MILD)),
+        job_for(base, None, 2),
+        job_for(base, "twenty", 3, adapter=tiny_adapter(base, 3, rank=20, scale=MILD)),
+    ]
+    apart = drawn(runner, jobs)
+    layers = [base.unet.get_submodule(path).forward for path in runner.weights.module_paths]
+    for layer in layers:
+        assert isinstance(layer, LowRankLayer)
+        assert not layer.fused
+        layer.fused = True
+    for one, other in zip(drawn(runner, jobs), apart, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=2e-4)
 
 
 def test_an_adapter_of_few_modules_leaves_the_others_to_the_base(base: Base) -> None:
