@@ -16,6 +16,8 @@ from kernels.groupnorm_silu.reference import format_of
 # Values that a program holds at a time, 32 for each thread of its warps.
 TILE = 8192
 WARPS = 8
+# The statistics join what their threads have seen: fewer threads, less to join.
+STATISTICS_WARPS = 4
 # Most channels side by side in a tile, unless a group alone has more, and how many a thread reads.
 LANES = 256
 VECTOR = 8
@@ -66,6 +68,7 @@ def _chunk_statistics(
     n_channels: tl.tensor,
     x_channel: tl.tensor,
     x_pixel: tl.tensor,
+    CHUNK: tl.constexpr,
     PIXELS: tl.constexpr,
     GROUP: tl.constexpr,
     SPAN: tl.constexpr,
@@ -74,27 +77,41 @@ def _chunk_statistics(
 ) -> Any:
     """Mean and sum of squared distances from it, of each group over one chunk of a sample.
 
-    Tiles, and then the channels of a group, are joined as Chan, Golub and LeVeque join samples:
-    no large sums are subtracted.
+    Each lane of a tile of ROWS pixels keeps those of what passes through it, as Welford does: no
+    thread waits for another before the last tile. Then lanes, and after them the channels of a
+    group, are joined as Chan, Golub and LeVeque join samples. No large sums are subtracted.
     """
-    mean = tl.zeros((CHANNELS,), dtype=tl.float32)
-    squares = tl.zeros((CHANNELS,), dtype=tl.float32)
-    for first in range(start, stop, PIXELS):
-        offsets, inside = _place(
-            first, stop, n_channels, x_channel, x_pixel, PIXELS, SPAN, CHANNELS
-        )
-        values = tl.load(x + offsets, mask=inside, other=0.0).to(tl.float32)
-        before = (first - start).to(tl.float32)
-        number = tl.minimum(stop - first, PIXELS).to(tl.float32)
-        of_tile = tl.sum(values, axis=0) / number
-        apart = tl.where(inside, values - of_tile[None, :], 0.0)
-        # A mean far from zero is only as exact as its size allows: what it missed is made good.
-        missed = tl.sum(apart, axis=0) / number
-        around = tl.sum(apart * apart, axis=0) - missed * missed * number
-        step = of_tile + missed - mean
-        share = number / (before + number)
-        mean += step * share
-        squares += tl.maximum(around, 0.0) + step * step * before * share
+    # A thread of four warps keeps 16 lanes, and goes through at most eight tiles without a branch.
+    ROWS: tl.constexpr = (PIXELS + 3) // 4
+    STEP: tl.constexpr = 8 * ROWS if 8 * ROWS < CHUNK else CHUNK
+    row = tl.arange(0, ROWS)[:, None]
+    means = tl.zeros((ROWS, CHANNELS), dtype=tl.float32)
+    around = tl.zeros((ROWS, CHANNELS), dtype=tl.float32)
+    pixels = stop - start
+    x += start * x_pixel
+    for first in range(0, CHUNK, STEP):
+        # Unrolled, so that several loads are on their way before the first is used.
+        for part in tl.static_range(0, STEP, ROWS):
+            offsets, inside = _place(
+                first + part, pixels, n_channels, x_channel, x_pixel, ROWS, SPAN, CHANNELS
+            )
+            values = tl.load(x + offsets, mask=inside, other=0.0).to(tl.float32)
+            seen = (first + part) // ROWS + 1
+            # The first value is its mean, exactly, however fast the division.
+            share = tl.where(seen > 1, 1.0 / seen, 1.0)
+            # A lane without a pixel keeps what it has.
+            there = first + part + row < pixels
+            apart = values - means
+            means += apart * tl.where(there, share, 0.0)
+            around += apart * apart * tl.where(there, 1.0 - share, 0.0)
+    # What a lane has seen: at most one pixel less than another.
+    number = ((pixels + ROWS - 1 - row) // ROWS).to(tl.float32)
+    share = number / pixels
+    mean = tl.sum(means * share, axis=0)
+    # A mean far from zero is only as exact as its size allows: what it missed is made good.
+    mean += tl.sum((means - mean[None, :]) * share, axis=0)
+    apart = means - mean[None, :]
+    squares = tl.sum(around + apart * apart * number, axis=0)
     if added is not None:
         lane = tl.arange(0, CHANNELS)
         channel = tl.program_id(1) * SPAN + lane
@@ -102,11 +119,11 @@ def _chunk_statistics(
         mean += tl.load(added + channel, mask=known, other=0.0).to(tl.float32)
     member = _members(n_channels, GROUP, SPAN, GROUPS, CHANNELS)
     of_group = tl.sum(tl.where(member, mean[None, :], 0.0), axis=1) / GROUP
-    apart = tl.where(member, mean[None, :] - of_group[:, None], 0.0)
-    of_group += tl.sum(apart, axis=1) / GROUP
-    apart = tl.where(member, mean[None, :] - of_group[:, None], 0.0)
-    within = tl.where(member, squares[None, :], 0.0)
-    return of_group, tl.sum(within + apart * apart * (stop - start), axis=1)
+    apart = mean[None, :] - of_group[:, None]
+    of_group += tl.sum(tl.where(member, apart, 0.0), axis=1) / GROUP
+    apart = mean[None, :] - of_group[:, None]
+    within = squares[None, :] + apart * apart * pixels
+    return of_group, tl.sum(tl.where(member, within, 0.0), axis=1)
 
 
 @triton.jit
@@ -134,7 +151,7 @@ def _statistics(
     start = tl.program_id(0) * CHUNK
     mean, of_chunk = _chunk_statistics(
         x + sample * x_sample, added, start, tl.minimum(start + CHUNK, n_pixels), n_channels,
-        x_channel, x_pixel, PIXELS, GROUP, SPAN, GROUPS, CHANNELS,
+        x_channel, x_pixel, CHUNK, PIXELS, GROUP, SPAN, GROUPS, CHANNELS,
     )  # fmt: skip
     of_span = tl.arange(0, GROUPS)
     group = tl.program_id(1) * (SPAN // GROUP) + of_span
@@ -185,7 +202,7 @@ def _normalise(
     if ALONE:
         mean, total = _chunk_statistics(
             x, added, start, stop, n_channels,
-            x_channel, x_pixel, PIXELS, GROUP, SPAN, GROUPS, CHANNELS,
+            x_channel, x_pixel, CHUNK, PIXELS, GROUP, SPAN, GROUPS, CHANNELS,
         )  # fmt: skip
     else:
         chunk = tl.arange(0, CHUNKS)[:, None]
@@ -295,7 +312,7 @@ def groupnorm_silu_kernel(
                 n_pixels,
                 channels,
                 *pixels.stride(),
-                num_warps=WARPS,
+                num_warps=STATISTICS_WARPS,
                 **tile,
             )
         normalise(

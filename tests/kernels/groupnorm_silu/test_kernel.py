@@ -81,20 +81,19 @@ def test_a_slice_in_the_interpreter() -> None:
 
 
 @in_interpreter
-@pytest.mark.parametrize("side", [16, 20])
-def test_a_group_far_from_zero_in_the_interpreter(side: int) -> None:
-    """With a mean of 4096 and a deviation of 1, E[x^2] - E[x]^2 would be noise in float32."""
-    x = features(2, 4, side, side, mean=4096)
-    assert_as_exact_as_reference(
-        groupnorm_silu(x, 2, torch.ones(4), torch.zeros(4), 1e-5),
-        x,
-        2,
-        torch.ones(4),
-        torch.zeros(4),
-        True,
-    )
-    mean, squared = x[0, :2].mean(), (x[0, :2] ** 2).mean()
-    assert abs(float(squared - mean**2) - float(x[0, :2].double().var())) > 0.1
+@pytest.mark.parametrize(("channels", "side"), [(4, 16), (4, 20), (240, 9), (1024, 11)])
+def test_a_group_far_from_zero_in_the_interpreter(channels: int, side: int) -> None:
+    """With a mean of 4096 and a deviation of 1, E[x^2] - E[x]^2 would be noise in float32.
+
+    Lanes see one pixel or many, and not all of them as many.
+    """
+    x = features(2, channels, side, side, mean=4096)
+    weight, bias = torch.ones(channels), torch.zeros(channels)
+    y = groupnorm_silu(x, 2, weight, bias, 1e-5)
+    assert_as_exact_as_reference(y, x, 2, weight, bias, True)
+    group = x[0, : channels // 2]
+    mean, squared = group.mean(), (group**2).mean()
+    assert abs(float(squared - mean**2) - float(group.double().var())) > 0.1
 
 
 @in_interpreter
@@ -168,7 +167,10 @@ def test_kernels_compile_for_hopper_without_a_gpu(
     pointers = dict.fromkeys(("x", "y", "weight", "bias", "added"), "*bf16")
     pointers |= {"means": "*fp32", "squares": "*fp32", "eps": "fp32"}
     ptx = {}
-    for function, fixed in ((kernel._statistics, tile), (kernel._normalise, {**tile, **last})):
+    for function, fixed, warps in (
+        (kernel._statistics, tile, kernel.STATISTICS_WARPS),
+        (kernel._normalise, {**tile, **last}, kernel.WARPS),
+    ):
         types = {
             name: "constexpr" if name in fixed else pointers.get(name, "i32")
             for name in function.arg_names
@@ -182,7 +184,7 @@ def test_kernels_compile_for_hopper_without_a_gpu(
         compiled = triton.compile(
             ASTSource(function, types, constexprs=fixed, attrs=sixteenths),
             target=GPUTarget("cuda", 90, 32),
-            options={"num_warps": kernel.WARPS},
+            options={"num_warps": warps},
         )
         ptx[function] = compiled.asm["ptx"]
         assert "ld.global.v4.b32" in ptx[function]
