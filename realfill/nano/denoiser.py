@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -11,17 +10,16 @@ from diffusers import AutoencoderDC, DDPMScheduler, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from realfill.base import PROMPT, attention_for_training
+from realfill.base import PROMPT
 from realfill.masks import latent_mask, random_masks
 from realfill.nano.autoencoder import LATENT_CHANNELS
+from realfill.nano.denoiser_step import CapturedGradients, Gradients, Triples, draw
 from realfill.nano.pool import shrunk, views
 from realfill.nano.stage import RunningLoss, Step, drawn_from, half_precision, learning_rate
 from realfill.nano.tokenizer import byte_tokenizer
 
 SIZE_PX = 128
 CELL_PX = 8
-# Steps before one is captured as a graph.
-WARM_UPS = 3
 EMBEDDING = 64
 # Every linear layer of the transformer blocks, and every convolution: linear layers alone do not
 # suffice (docs/training.md).
@@ -95,25 +93,6 @@ def new_scheduler() -> DDPMScheduler:
         rescale_betas_zero_snr=True,
         timestep_spacing="trailing",
     )
-
-
-@dataclass(frozen=True)
-class Triples:
-    """Encoded pictures with a hole each.
-
-    Attributes:
-        latents: Whole pictures. [K, C, h, w]
-        masked: The same with the hole greyed out before encoding. [K, C, h, w]
-        masks: 1 where a cell has a missing pixel. [K, 1, h, w]
-        captions: Index into ``texts``. [K]
-        texts: Distinct captions, then the fixed prompt of all scenes, then the empty one.
-    """
-
-    latents: Tensor
-    masked: Tensor
-    masks: Tensor
-    captions: Tensor
-    texts: tuple[str, ...]
 
 
 def holes(generator: torch.Generator, count: int, size_px: int = SIZE_PX) -> Tensor:
@@ -238,7 +217,7 @@ def train_denoiser(
     running = RunningLoss("denoiser", 0.99, step=begin)
     triples, encoded_round = None, -1
     tokens = torch.empty(0)
-    gradients = (_CapturedGradients if captured else _Gradients)(unet, text_encoder)
+    gradients = (CapturedGradients if captured else Gradients)(unet, text_encoder)
     for step in range(begin, steps):
         if (now := step * rounds // steps) != encoded_round:
             # Freed first: a GPU holds one round's triples, not two.
@@ -253,7 +232,7 @@ def train_denoiser(
         generator = drawn_from(seed, 4, step, device=device)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, peak)
-        loss = gradients(_draw(scheduler, triples, generator, batch), tokens)
+        loss = gradients(draw(scheduler, triples, generator, batch), tokens)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         decay = min(0.9985, (step + 1) / (step + 10))
@@ -265,134 +244,6 @@ def train_denoiser(
         yield Step("denoiser", step + 1, steps, running.value)
     # Also where a finished run is only read back.
     adopt(modules, average)
-
-
-@dataclass(frozen=True)
-class _Draw:
-    """What one step shows the denoiser, and what it should answer.
-
-    Attributes:
-        stacked: Noisy latents, mask and masked latents. [N, 2C+1, h, w]
-        timesteps: [N]
-        captions: Index of each one's text. [N]
-        velocity: The answer. [N, C, h, w]
-        masks: 1 where a cell has a missing pixel. [N, 1, h, w]
-    """
-
-    stacked: Tensor
-    timesteps: Tensor
-    captions: Tensor
-    velocity: Tensor
-    masks: Tensor
-
-
-def _draw(
-    scheduler: DDPMScheduler, triples: Triples, generator: torch.Generator, batch: int
-) -> _Draw:
-    device = triples.latents.device
-
-    def share() -> Tensor:
-        return torch.rand(batch, generator=generator, device=device)
-
-    chosen = torch.randint(len(triples.latents), (batch,), generator=generator, device=device)
-    latents, masked, masks = (
-        part[chosen].float() for part in (triples.latents, triples.masked, triples.masks)
-    )
-    fate, named, prompt = share(), triples.captions[chosen], len(triples.texts) - 2
-    captions = torch.where(fate < 0.1, prompt + 1, torch.where(fate < 0.5, prompt, named))
-    # Noisy steps decide what fills a hole, so they are drawn more often.
-    timesteps = (share().sqrt() * 1000).long().clamp(max=999)
-    noise = torch.randn(latents.shape, generator=generator, device=device)
-    noisy = scheduler.add_noise(latents, noise, timesteps)
-    return _Draw(
-        stacked=torch.cat([noisy, masks, masked], 1).contiguous(memory_format=torch.channels_last),
-        timesteps=timesteps,
-        captions=captions,
-        velocity=scheduler.get_velocity(latents, noise, timesteps),
-        masks=masks,
-    )
-
-
-class _Gradients:
-    """Loss and gradients of one step.
-
-    Args:
-        unet: Its gradients are left in its parameters.
-        text_encoder: Likewise.
-    """
-
-    def __init__(self, unet: UNet2DConditionModel, text_encoder: CLIPTextModel) -> None:
-        self._unet = unet
-        self._text_encoder = text_encoder
-
-    def __call__(self, drawn: _Draw, tokens: Tensor) -> Tensor:
-        """The loss."""
-        self._text_encoder.zero_grad()
-        with half_precision(tokens.device):
-            prompts = self._text_encoder(tokens)[0][drawn.captions]
-        # The U-Net ends at its prompts, and the text encoder goes on from there.
-        loss, backward = self._of_unet(drawn, prompts.detach())
-        prompts.backward(backward)
-        return loss
-
-    def _of_unet(self, drawn: _Draw, prompts: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss and its gradient at the prompts."""
-        self._unet.zero_grad()
-        return self._pass(drawn, prompts.requires_grad_())
-
-    def _pass(self, drawn: _Draw, prompts: Tensor) -> tuple[Tensor, Tensor]:
-        """v-prediction error; the hole weighs five times as much as the rest."""
-        with attention_for_training(self._unet), half_precision(prompts.device):
-            predicted = self._unet(drawn.stacked, drawn.timesteps, prompts).sample
-            weights = 0.2 + 0.8 * drawn.masks
-            error = (predicted.float() - drawn.velocity).square().mean(1, keepdim=True)
-            loss = (weights * error).sum() / weights.sum()
-            loss.backward()
-        assert prompts.grad is not None
-        return loss.detach(), prompts.grad
-
-
-class _CapturedGradients(_Gradients):
-    """The same on CUDA, where the U-Net's passes are captured as one graph.
-
-    It is so small that launching its kernels one by one takes longer than running them.
-    """
-
-    _graph: torch.cuda.CUDAGraph | None = None
-
-    def _of_unet(self, drawn: _Draw, prompts: Tensor) -> tuple[Tensor, Tensor]:
-        if self._graph is None:
-            self._capture(drawn, prompts)
-        assert self._graph is not None
-        with torch.no_grad():
-            for field in fields(drawn):
-                getattr(self._drawn, field.name).copy_(getattr(drawn, field.name))
-            self._prompts.copy_(prompts)
-        self._graph.replay()
-        return self._outcome
-
-    def _capture(self, drawn: _Draw, prompts: Tensor) -> None:
-        self._drawn = _Draw(**{f.name: getattr(drawn, f.name).clone() for f in fields(drawn)})
-        self._prompts = prompts.clone().requires_grad_()
-        device = prompts.device
-        aside = torch.cuda.Stream(device)
-        aside.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(aside):
-            # Libraries choose algorithms and allocate before anything is recorded.
-            for _ in range(WARM_UPS):
-                self._forget()
-                self._pass(self._drawn, self._prompts)
-        torch.cuda.current_stream(device).wait_stream(aside)
-        # The gradients of before go, so that the graph has its own, which replays write anew.
-        self._forget()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=aside):
-            self._outcome = self._pass(self._drawn, self._prompts)
-        self._graph = graph
-
-    def _forget(self) -> None:
-        self._unet.zero_grad()
-        self._prompts.grad = None
 
 
 @torch.no_grad()

@@ -27,13 +27,13 @@ from realfill.nano.autoencoder import (
 from realfill.nano.denoiser import (
     ADAPTER_MODULES,
     SIZE_PX,
-    Triples,
     encode_triples,
     new_denoiser,
     new_scheduler,
     new_text_encoder,
     train_denoiser,
 )
+from realfill.nano.denoiser_step import Triples
 from realfill.nano.pairs import worlds
 from realfill.nano.photographs import PHOTOGRAPHS
 from realfill.nano.pool import picture_pool

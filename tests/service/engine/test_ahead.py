@@ -116,9 +116,8 @@ def test_a_device_is_never_without_a_step_nor_more_than_one_behind(base: Base) -
         took_s = time.perf_counter() - began
         metrics = engine.metrics()
     assert torch.equal(sampled.samples, alone.samples)
-    # A lane that waits would leave it idle for as long before every step; a slow machine some.
-    assert sorted(device.idle_s[1:])[5] < GIVE_S / 4
-    assert max(device.ahead_s) < STEP_S
+    # A lane that waits would never give it a step while it has one; a slow machine may be late.
+    assert 0 < max(device.ahead_s) < STEP_S
     assert 20 * STEP_S <= sampled.sample_s <= took_s
     # Each step is counted once, and by the device's own time.
     assert metrics.steps == 2 * 20

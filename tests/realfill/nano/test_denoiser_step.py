@@ -7,13 +7,8 @@ import torch
 from torch import Tensor
 
 from realfill.adapt.training import training_dtype
-from realfill.nano import denoiser
-from realfill.nano.denoiser import (
-    Triples,
-    new_denoiser,
-    new_scheduler,
-    new_text_encoder,
-)
+from realfill.nano.denoiser import new_denoiser, new_scheduler, new_text_encoder
+from realfill.nano.denoiser_step import CapturedGradients, Gradients, Triples, draw
 from realfill.nano.tokenizer import byte_tokenizer
 
 BATCH = 3
@@ -45,7 +40,7 @@ def test_split_gradients_are_those_of_the_whole() -> None:
     torch.manual_seed(0)
     unet, text_encoder = new_denoiser().train(), new_text_encoder().train()
     known = triples("cpu")
-    drawn = denoiser._draw(new_scheduler(), known, torch.Generator().manual_seed(1), BATCH)
+    drawn = draw(new_scheduler(), known, torch.Generator().manual_seed(1), BATCH)
     tokens = tokens_of(known.texts, "cpu")
     parameters = [*unet.named_parameters(), *text_encoder.named_parameters()]
 
@@ -58,7 +53,7 @@ def test_split_gradients_are_those_of_the_whole() -> None:
     whole.backward()
     expected = {name: p.grad.clone() for name, p in parameters if p.grad is not None}
 
-    loss = denoiser._Gradients(unet, text_encoder)(drawn, tokens)
+    loss = Gradients(unet, text_encoder)(drawn, tokens)
     # On a processor that computes in bfloat16 the passes are in it.
     rough = training_dtype("cpu") == torch.bfloat16
     tolerance = 0.1 if rough else 1e-4
@@ -79,14 +74,14 @@ def test_captured_gradients_are_those_of_plain_steps() -> None:
     unet.to(memory_format=torch.channels_last)
     known = triples("cuda")
     tokens = tokens_of(known.texts, "cuda")
-    captured = denoiser._CapturedGradients(unet, text_encoder)
+    captured = CapturedGradients(unet, text_encoder)
     parameters = [*unet.parameters(), *text_encoder.parameters()]
     for seed in range(3):
         generator = torch.Generator("cuda").manual_seed(seed)
-        drawn = denoiser._draw(new_scheduler(), known, generator, BATCH)
+        drawn = draw(new_scheduler(), known, generator, BATCH)
         loss = captured(drawn, tokens).clone()
         found = [None if p.grad is None else p.grad.clone() for p in parameters]
-        plain = denoiser._Gradients(unet, text_encoder)
+        plain = Gradients(unet, text_encoder)
         kept = [p.grad for p in parameters]
         for parameter in parameters:
             parameter.grad = None
