@@ -20,7 +20,7 @@ from functools import partial
 
 import torch
 from diffusers.models.attention import FeedForward
-from torch import Tensor, nn
+from torch import nn
 
 from kernels.merge_lora import merge_lora_
 from realfill.base import target_layers
@@ -29,6 +29,7 @@ from service.engine.arena import Tier, TierMetrics
 from service.engine.layers import (
     Exact,
     Installed,
+    Packed,
     PartedLayer,
     Parting,
     Parts,
@@ -52,16 +53,14 @@ class FusedSet:
     Attributes:
         digest: Of the capsule.
         weights: As the layers compute with them, in the order of the target modules.
-        marks: The weights' version counters as they were when the set was made.
     """
 
     digest: str
-    weights: list[Tensor]
-    marks: list[int]
+    weights: list[Packed]
 
     def is_sound(self) -> bool:
         """Whether nobody has written to the weights."""
-        return self.marks == [weight._version for weight in self.weights]
+        return not any(weight.versions for weight in self.weights)
 
 
 class FusedWeights:
@@ -94,7 +93,6 @@ class FusedWeights:
         self._pristine = {
             path: module.weight.detach().clone() for path, module in self._modules.items()
         }
-        self._set_bytes = sum(t.numel() * t.element_size() for t in self._pristine.values())
         self._split_from = split_from
         self._tier: Tier[FusedSet] = Tier(budget_bytes)
         self._to_forget: set[str] = set()
@@ -209,22 +207,24 @@ class FusedWeights:
         def make() -> FusedSet:
             return self._fuse(stage(self._modules, digest, adapter))
 
-        taken = self._tier.take(digest, self._set_bytes, make, pin=pin, wait=wait)
+        taken = self._tier.take(digest, self._set_bytes(), make, pin=pin, wait=wait)
         return taken is not None
+
+    def _set_bytes(self) -> int:
+        """Of a set in all forms in which its weights may be wanted."""
+        return sum(
+            exact.forms * pristine.nbytes
+            for exact, pristine in zip(self._exact, self._pristine.values(), strict=True)
+        )
 
     @torch.no_grad()
     def _fuse(self, staged: StagedAdapter) -> FusedSet:
         """A scene's weights: one allocation for all, convolutions packed after it."""
         paths = list(self._modules)
+        sizes = [pristine.numel() for pristine in self._pristine.values()]
         outs = [
             out.view(as_matrix(self._pristine[path]).shape)
-            for path, out in zip(
-                paths,
-                torch.empty(self._set_bytes // 4).split(
-                    [pristine.numel() for pristine in self._pristine.values()]
-                ),
-                strict=True,
-            )
+            for path, out in zip(paths, torch.empty(sum(sizes)).split(sizes), strict=True)
         ]
         changed = [place for place, path in enumerate(paths) if path in staged.factors]
         merge_lora_(
@@ -236,8 +236,8 @@ class FusedWeights:
         )
         for place in set(range(len(paths))) - set(changed):
             outs[place].copy_(as_matrix(self._pristine[paths[place]]))
-        weights = [exact.prepare(out) for exact, out in zip(self._exact, outs, strict=True)]
-        return FusedSet(staged.digest, weights, [weight._version for weight in weights])
+        weights = [exact.pack(out) for exact, out in zip(self._exact, outs, strict=True)]
+        return FusedSet(staged.digest, weights)
 
     def _held(self, digest: str) -> FusedSet:
         try:

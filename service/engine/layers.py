@@ -38,50 +38,72 @@ class Exact:
         self._of_pictures = isinstance(module, nn.Conv2d)
         # A convolution of single pixels is a linear layer of them. As a convolution its packed
         # weight may be in another form than the library wants, which then converts it every time.
-        self._convolves = isinstance(module, nn.Conv2d) and not _takes_single_pixels(module)
-        self._packed: Tensor | None = None
+        self.convolves = isinstance(module, nn.Conv2d) and not _takes_single_pixels(module)
+        self._own: Packed | None = None
         self._of: tuple[int, int] = (0, 0)
         self._size: tuple[int, ...] | None = None
+        self._forms: dict[tuple[int, int], bytes] = {}
         # What PyTorch's compiler makes of such layers; the stubs of torch do not know them.
         self._op: Any = torch.ops.mkldnn._linear_pointwise.default
         geometry: tuple[Any, ...] = ()
-        if isinstance(module, nn.Conv2d) and self._convolves:
+        if isinstance(module, nn.Conv2d) and self.convolves:
             self._op = torch.ops.mkldnn._convolution_pointwise.default
             geometry = (module.padding, module.stride, module.dilation, module.groups)
         self._settings = (module.bias, *geometry, "none", [], "")
 
-    def prepare(self, weight: Tensor) -> Tensor:
-        """The form of a weight that ``compute`` takes: packed.
-
-        Convolutions pack it for the size of pictures that the layer saw last; another size is
-        computed with it too, but slowly.
+    def pack(self, weight: Tensor) -> Packed:
+        """A weight as the layer computes with it.
 
         Args:
             weight: In the module's own shape, or as a matrix. [out, in * kh * kw]
         """
+        if self.convolves:
+            shaped = weight.detach().view(self.module.weight.shape)
+            return Packed(self, self.packed_for(1, shaped), self.form(1))
+        matrix = weight.detach().view(len(self.module.weight), -1)
+        return Packed(self, torch.ops.mkldnn._reorder_linear_weight(matrix, FEWEST_ROWS), b"")
+
+    def packed_for(self, samples: int, weight: Tensor) -> Tensor:
+        """A convolution's weight in the form that the library wants; see ``form``."""
         module = self.module
-        if isinstance(module, nn.Linear) or not self._convolves:
-            matrix = weight.detach().view(len(module.weight), -1)
-            linear: Tensor = torch.ops.mkldnn._reorder_linear_weight(matrix, FEWEST_ROWS)
-            return linear
-        shaped = weight.detach().view(module.weight.shape)
-        # The stubs know neither the sizes nor that the last argument may be given.
-        pack: Any = torch._C._nn.mkldnn_reorder_conv2d_weight
+        assert isinstance(module, nn.Conv2d)
         geometry = (module.padding, module.stride, module.dilation, module.groups)
-        packed: Tensor = pack(shaped.to_mkldnn(), *geometry, self._size)
+        size = None if self._size is None else (samples, *self._size)
+        # The stubs know neither the sizes nor that the last argument may be given.
+        reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight
+        packed: Tensor = reorder(weight.to_mkldnn(), *geometry, size)
         return packed
 
-    def compute(self, x: Tensor, weight: Tensor) -> Tensor:
-        """The layer's outcome with a prepared weight."""
+    def form(self, samples: int) -> bytes:
+        """What the library wants a convolution's weight to be packed like.
+
+        It depends on how many samples the calling thread computes and with how many cores, and on
+        the size of pictures that the layer saw last. A weight in another form is converted by every
+        call, which takes up to ten times as long as the convolution.
+        """
+        way = (torch.get_num_threads(), samples)
+        if way not in self._forms:
+            packed = self.packed_for(samples, self.module.weight.detach())
+            form: Tensor = torch.ops.mkldnn._get_mkldnn_serialized_md(packed)
+            self._forms[way] = bytes(form.tolist())
+        return self._forms[way]
+
+    @property
+    def forms(self) -> int:
+        """Forms that a weight was wanted in so far."""
+        return max(1, len(set(self._forms.values())))
+
+    def compute(self, x: Tensor, weight: Packed) -> Tensor:
+        """The layer's outcome with a packed weight."""
         return self.compute_parts(x, [len(x)], [weight])
 
-    def compute_parts(self, x: Tensor, sizes: list[int], weights: Sequence[Tensor]) -> Tensor:
+    def compute_parts(self, x: Tensor, sizes: list[int], weights: Sequence[Packed]) -> Tensor:
         """The layer's outcome where parts of the batch have weights of their own.
 
         Args:
             x: [N, ...]
             sizes: Of the parts; their sum is N.
-            weights: Prepared, one for each part.
+            weights: One for each part.
         """
         if self._of_pictures:
             x = x.permute(0, 2, 3, 1).contiguous()
@@ -92,32 +114,64 @@ class Exact:
         outcome = parts[0] if len(parts) == 1 else torch.cat(parts)
         return outcome.permute(0, 3, 1, 2) if self._of_pictures else outcome
 
-    def _compute_part(self, x: Tensor, weight: Tensor) -> Tensor:
+    def _compute_part(self, x: Tensor, weight: Packed) -> Tensor:
         """One part; of pictures with channels last. [N, h, w, C] or [N, ..., C]"""
-        if self._convolves:
-            convolved: Tensor = self._op(x.permute(0, 3, 1, 2), weight, *self._settings)
+        if self.convolves:
+            fitting = weight.for_samples(len(x))
+            convolved: Tensor = self._op(x.permute(0, 3, 1, 2), fitting, *self._settings)
             return convolved.permute(0, 2, 3, 1)
         if x.numel() < FEWEST_ROWS * x.shape[-1]:
             rows = x.reshape(-1, x.shape[-1])
             blank = rows.new_zeros(FEWEST_ROWS - len(rows), rows.shape[1])
-            filled: Tensor = self._op(torch.cat([rows, blank]), weight, *self._settings)
+            filled: Tensor = self._op(torch.cat([rows, blank]), weight.first, *self._settings)
             return filled[: len(rows)].view(*x.shape[:-1], -1)
-        outcome: Tensor = self._op(x, weight, *self._settings)
+        outcome: Tensor = self._op(x, weight.first, *self._settings)
         return outcome
 
     def __call__(self, x: Tensor) -> Tensor:
         """The layer with its own weight."""
         return self.compute(x, self.own(x))
 
-    def own(self, x: Tensor) -> Tensor:
+    def own(self, x: Tensor) -> Packed:
         """The layer's own weight, packed again where somebody has written to it."""
         weight = self.module.weight
         of = (weight.data_ptr(), weight._version)
-        size = (1, *x.shape[1:])
-        if self._packed is None or self._of != of or self._size != size:
-            self._size = size
-            self._packed, self._of = self.prepare(weight), of
-        return self._packed
+        if self.convolves and self._size != x.shape[1:]:
+            self._size, self._forms, self._own = x.shape[1:], {}, None
+        if self._own is None or self._of != of:
+            self._own, self._of = self.pack(weight), of
+        return self._own
+
+
+class Packed:
+    """A weight of an exact layer, in every form in which the library has wanted it so far.
+
+    Args:
+        layer: Whose weight it is.
+        first: The weight, packed.
+        form: Its form; empty where there is but one.
+    """
+
+    def __init__(self, layer: Exact, first: Tensor, form: bytes) -> None:
+        self.first = first
+        self._layer = layer
+        self._by_form = {form: first}
+
+    def for_samples(self, samples: int) -> Tensor:
+        """The weight as the calling thread's convolution of so many samples wants it."""
+        form = self._layer.form(samples)
+        fitting = self._by_form.get(form)
+        if fitting is None:
+            fitting = self._layer.packed_for(samples, self.first.to_dense())
+            self._by_form[form] = fitting
+        return fitting
+
+    @property
+    def versions(self) -> int:
+        """How often somebody has written to it."""
+        if len(self._by_form) == 1:
+            return self.first._version
+        return sum(weight._version for weight in self._by_form.values())
 
 
 def _takes_single_pixels(module: nn.Conv2d) -> bool:
@@ -133,11 +187,11 @@ class Parts:
 
     Attributes:
         ends: Where each part ends; of no matter where there is but one.
-        weights: For each part, the prepared weight of every layer, or None for the layer's own.
+        weights: For each part, the packed weight of every layer, or None for the layer's own.
     """
 
     ends: tuple[int, ...] = ()
-    weights: tuple[Sequence[Tensor] | None, ...] = (None,)
+    weights: tuple[Sequence[Packed] | None, ...] = (None,)
 
     def sizes(self, count: int) -> list[int]:
         """Samples of each part, in a batch of so many."""

@@ -126,6 +126,8 @@ class Runner:
             self.buckets = Buckets(base, max_samples, self._attending)
         if exact:
             self._show_sizes()
+        if exact and self._crew is not None:
+            self._crew.work([self._show_sizes])
 
     def check(self, job: Job) -> None:
         """Refuse a job whose tensors or sampler do not fit the base, before it is queued.
@@ -164,7 +166,10 @@ class Runner:
 
     @torch.no_grad()
     def _show_sizes(self) -> None:
-        """Run the U-Net once, so that its layers know for which pictures to pack weights."""
+        """Run the U-Net once, so that its layers know for which pictures to pack weights, and how.
+
+        How depends on the cores that the calling thread computes with.
+        """
         base, config = self.base, self.base.unet.config
         side = base.size_px // base.cell_px
         base.unet(

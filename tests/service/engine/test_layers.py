@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given
@@ -31,7 +35,7 @@ def test_every_part_is_computed_with_its_own_weight(kind: str) -> None:
     exact = Exact(layers[0])
     x = torch.randn(6, *shape)
     exact.own(x)
-    prepared = [[exact.prepare(layer.weight)] for layer in layers]
+    prepared = [[exact.pack(layer.weight)] for layer in layers]
     parting = Parting()
     layer = PartedLayer(exact, parting, 0)
     with parting.by(Parts((1, 4, 6), (prepared[1], None, prepared[2]))):
@@ -42,6 +46,72 @@ def test_every_part_is_computed_with_its_own_weight(kind: str) -> None:
             with parting.by(Parts(weights=(prepared[of],))):
                 assert torch.equal(layer(x[k : k + 1])[0], mixed[k])
     torch.testing.assert_close(layer(x), layers[0](x))
+
+
+@torch.no_grad()
+def test_a_weight_is_packed_once_for_each_form_that_is_wanted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whichever forms this processor's library has: here even and odd numbers of samples differ."""
+    layer = nn.Conv2d(24, 40, 3, padding=1)
+    exact = Exact(layer)
+    x = torch.randn(4, 24, 6, 6)
+    exact.own(x)
+    monkeypatch.setattr(exact, "form", lambda samples: b"odd" if samples % 2 else b"even")
+    weight = exact.pack(layer.weight)
+    odd, even = weight.for_samples(1), weight.for_samples(2)
+    assert odd is weight.first
+    assert even is not odd
+    assert weight.for_samples(4) is even
+    assert weight.for_samples(3) is odd
+    assert torch.equal(even.to_dense(), layer.weight)
+    torch.testing.assert_close(exact.compute(x, weight), layer(x))
+    assert weight.versions == 0
+
+
+CONVERSIONS = """
+import torch
+from benchmarks.engine.adapters import random_adapter
+from benchmarks.engine.rates import job_of
+from dataclasses import replace
+from realfill.base import load_base
+from service.engine import Runner
+
+torch.set_num_threads(2)
+base = load_base("nano")
+runner = Runner(base, max_samples=4)
+samples = []
+for k in range(2):
+    adapter = random_adapter(base, rank=4, seed=k)
+    job = replace(job_of(base, samples=2, steps=2), digest=f"{k:064d}", adapter=adapter)
+    runner.weights.take(job.digest, adapter)
+    samples += runner.begin(job)
+ways = [samples[:1], samples[:2], samples[:3], samples]
+for turn in ("first", "second"):
+    print("turn", turn, flush=True)
+    for way in ways:
+        for sample in way:
+            sample.index = 0
+        runner.step(way)
+"""
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN")
+def test_no_weight_is_converted_while_steps_are_made() -> None:
+    """A scene's weights fit alone on all cores, and shared among scenes with a core each.
+
+    oneDNN says what it does. On processors without AVX-512 it wants them in different forms.
+    """
+    says = subprocess.run(
+        [sys.executable, "-c", CONVERSIONS],
+        env={**os.environ, "ONEDNN_VERBOSE": "1", "OMP_NUM_THREADS": "2"},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    second = says[says.index("turn second") :]
+    assert ",convolution," in second
+    assert [line for line in second.splitlines() if ",reorder," in line] == []
 
 
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=6), st.data())
