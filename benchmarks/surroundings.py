@@ -23,10 +23,17 @@ VERSIONS = (
     "bentoml",
     "numpy",
 )
+CPUINFO = Path("/proc/cpuinfo")
+# By its flags, the widest first.
+INSTRUCTIONS = {
+    "avx512_bf16": "AVX-512 with bf16",
+    "avx512f": "AVX-512",
+    "avx2": "AVX2",
+}
 
 
 def machine() -> str:
-    """Processor, usable cores, memory and system; never a host name."""
+    """Processor and its widest instructions, usable cores, memory, system; never a host name."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return (
@@ -35,12 +42,13 @@ def machine() -> str:
 
 
 def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or "unknown processor"
+    """Its name, which may be shared by generations, and what tells these apart."""
+    lines = CPUINFO.read_text().splitlines() if CPUINFO.is_file() else []
+    known = {key.strip(): value for key, _, value in (line.partition(":") for line in lines)}
+    flags = known.get("flags", "").split()
+    widest = next((name for flag, name in INSTRUCTIONS.items() if flag in flags), None)
+    name = known.get("model name", "").strip() or platform.processor() or "unknown processor"
+    return f"{name} ({widest})" if widest else name
 
 
 def device(cuda: bool) -> str:
