@@ -199,6 +199,24 @@ def test_cuda_is_a_part_of_the_name() -> None:
     assert not on_cuda("swap.cudagraph_ms")
 
 
+@pytest.mark.parametrize(
+    ("flags", "processor"),
+    [
+        ("fma avx avx2", "AMD EPYC (AVX2)"),
+        ("avx2 avx512f avx512_bf16", "AMD EPYC (AVX-512 with bf16)"),
+        ("sse2", "AMD EPYC"),
+    ],
+)
+def test_a_machine_is_told_from_another_of_its_name(
+    flags: str, processor: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two generations of one name differ by a factor of four."""
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text(f"processor\t: 0\nmodel name\t: AMD EPYC\nflags\t\t: fpu {flags}\n\n" * 2)
+    monkeypatch.setattr(surroundings, "CPUINFO", cpuinfo)
+    assert surroundings.machine().startswith(f"{processor}, ")
+
+
 def test_commit_tells_a_changed_tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """New rows leave the commit clean; any other change marks it dirty; no history is unknown."""
     monkeypatch.delenv("REALFILL_COMMIT", raising=False)
