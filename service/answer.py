@@ -9,6 +9,7 @@ from torch import Tensor
 
 from realfill.capsule import Capsule
 from realfill.complete.compositing import Window, composite, patch
+from realfill.complete.seam import Seam
 from realfill.photographs import to_bytes, to_pixels
 from realfill.rank import Ranking, Verdict, draw_correspondences, judge
 from registry import Version
@@ -50,7 +51,11 @@ class Found:
 
 @dataclass(frozen=True)
 class Pending:
-    """A completion on its way through the lane."""
+    """A completion on its way through the lane.
+
+    Attributes:
+        seam: Made while the samples are drawn; None where it is made afterwards.
+    """
 
     found: Found
     plan: Plan
@@ -59,6 +64,7 @@ class Pending:
     window: Window
     job: Job
     future: Future[Sampled]
+    seam: Future[Seam] | None = None
 
     @property
     def timings_s(self) -> dict[str, float]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from typing import Protocol, TypeVar
@@ -20,7 +20,7 @@ from torch import Tensor
 from realfill.base import Base
 from realfill.capsule import Capsule, read_capsule
 from realfill.complete.compositing import composite, crop, crop_mask, window_of
-from realfill.complete.seam import seamless
+from realfill.complete.seam import Seam
 from realfill.errors import InvalidCapsule
 from realfill.photographs import to_pixels
 from realfill.rank import (
@@ -42,6 +42,8 @@ from service.resolver import Resolver
 
 MIN_REFERENCE_PX = 8
 MAX_REFERENCE_PX = 1024
+# Threads that make seams ready while jobs are drawn.
+SEAMS_AHEAD = 2
 
 T = TypeVar("T")
 
@@ -105,6 +107,9 @@ class Road:
         self._guard = guard or Guard()
         # Rankings compete with the lane for the device; one at a time bounds their memory.
         self._rank_lock = threading.Lock()
+        self._ahead: ThreadPoolExecutor | None = None
+        if _has_idle_cores(base):
+            self._ahead = ThreadPoolExecutor(SEAMS_AHEAD, "realfill-seam")
         self._open = False
 
     @property
@@ -132,6 +137,8 @@ class Road:
         """End the lane within a step; what is in it is cancelled, and every claim given up."""
         self._open = False
         self.engine.close(drain=False)
+        if self._ahead is not None:
+            self._ahead.shutdown(wait=False)
         self.leases.close()
 
     def let_go(self, digest: str) -> bool:
@@ -205,7 +212,19 @@ class Road:
         if plan.halving and references is not None and self.matcher is not None:
             judge = partial(self._judge, references, job)
             job = replace(job, halving=Halving(judge))
-        return Pending(found, plan, image, mask, window, job, self.engine.submit(job))
+        future = self.engine.submit(job)
+        seam = self._seam_ahead(job.mask) if plan.seamless else None
+        return Pending(found, plan, image, mask, window, job, future, seam)
+
+    def _seam_ahead(self, mask: Tensor) -> Future[Seam] | None:
+        """What of a seam needs no sample, begun now if there are cores for it."""
+        if self._ahead is None:
+            return None
+        try:
+            return self._ahead.submit(Seam, mask)
+        except RuntimeError:
+            # The road was closed since the lane took the job.
+            return None
 
     def finish(self, pending: Pending, sampled: Sampled) -> Answer:
         """Everything after the lane: rank the samples on the window the model saw."""
@@ -216,8 +235,7 @@ class Road:
         timings["decode"] = sampled.decode_s
         samples = sampled.samples.float().cpu()
         if pending.plan.seamless:
-            job = pending.job
-            samples = _timed(timings, "seam", lambda: seamless(samples, job.target, job.mask))
+            samples = _timed(timings, "seam", lambda: _seamless(pending, samples))
         ranking = _timed(timings, "rank", lambda: self._rank(pending, samples))
         return Answer(
             version=pending.found.version,
@@ -284,6 +302,18 @@ class Road:
         if kept is not None and len(kept) == len(photos):
             return kept
         return prepare_references(self.matcher, photos)
+
+
+def _has_idle_cores(base: Base) -> bool:
+    """Whether the lane leaves cores to others while it draws: on a CPU it takes them all."""
+    return base.device.type == "cuda"
+
+
+def _seamless(pending: Pending, samples: Tensor) -> Tensor:
+    """Samples that meet the known pixels, by the seam that was made meanwhile or one made now."""
+    job = pending.job
+    seam = Seam(job.mask) if pending.seam is None else pending.seam.result()
+    return seam.close(samples, job.target)
 
 
 def _timed(timings_s: dict[str, float], stage: str, work: Callable[[], T]) -> T:

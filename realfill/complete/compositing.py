@@ -111,15 +111,21 @@ def window_of(mask: Tensor, size_px: int) -> Window:
     Raises:
         InvalidScene: The mask is empty.
     """
-    if not mask.any():
-        raise InvalidScene("The mask is empty, so there is nothing to fill: mark the hole with 1.")
-    rows, columns = _extent(mask.any(dim=1)), _extent(mask.any(dim=0))
+    rows, columns = _extents(mask)
     hole = max(rows[1] - rows[0], columns[1] - columns[0])
     rim = min(16, size_px // 8)
     with_rim = -(-hole * size_px // (size_px - 2 * rim))  # rounded up
     height, width = mask.shape
     side = min(max(height, width), max(min(height, width), with_rim))
     return Window(_start(rows, side, height), _start(columns, side, width), side)
+
+
+def _extents(mask: Tensor) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Rows and columns that the hole reaches over; refused where there is none."""
+    rows, columns = mask.any(dim=1), mask.any(dim=0)
+    if not rows.any():
+        raise InvalidScene("The mask is empty, so there is nothing to fill: mark the hole with 1.")
+    return _extent(rows), _extent(columns)
 
 
 def _extent(line: Tensor) -> tuple[int, int]:
@@ -148,10 +154,7 @@ def crop(image: Tensor, window: Window, size_px: int) -> Tensor:
     Returns:
         Pixels in [0, 1]. [3, size_px, size_px]
     """
-    rows, columns = _lines(image, window)
-    height, width = image.shape[-2:]
-    cut = image[:, rows.clamp(0, height - 1)][:, :, columns.clamp(0, width - 1)]
-    return _shrink(_pixels(cut).unsqueeze(0), size_px)[0].clamp(0, 1)
+    return _shrink(_pixels(_cut(image, window)).unsqueeze(0), size_px)[0].clamp(0, 1)
 
 
 def crop_mask(mask: Tensor, window: Window, size_px: int) -> Tensor:
@@ -168,12 +171,28 @@ def crop_mask(mask: Tensor, window: Window, size_px: int) -> Tensor:
     Returns:
         Mask of zeros and ones. [size_px, size_px]
     """
-    rows, columns = _lines(mask, window)
-    height, width = mask.shape
-    cut = mask[rows.clamp(0, height - 1)][:, columns.clamp(0, width - 1)].clone()
-    cut[(rows < 0) | (rows >= height)] = 1
-    cut[:, (columns < 0) | (columns >= width)] = 1
-    return (_shrink(cut[None, None].float(), size_px)[0, 0] > 0).float()
+    cut = _cut(mask[None], window)[0].float()
+    if not _is_inside(window, mask):
+        (rows, columns), (height, width) = _lines(mask, window), mask.shape
+        cut[(rows < 0) | (rows >= height)] = 1
+        cut[:, (columns < 0) | (columns >= width)] = 1
+    return (_shrink(cut[None, None], size_px)[0, 0] > 0).float()
+
+
+def _cut(planes: Tensor, window: Window) -> Tensor:
+    """The window's part; beyond the planes their border repeats. [C, H, W] to [C, side, side]"""
+    if _is_inside(window, planes):
+        # What an index of every line would copy, twice.
+        across = slice(window.left, window.left + window.side)
+        return planes[:, window.top : window.top + window.side, across]
+    (rows, columns), (height, width) = _lines(planes, window), planes.shape[-2:]
+    return planes[:, rows.clamp(0, height - 1)][:, :, columns.clamp(0, width - 1)]
+
+
+def _is_inside(window: Window, image: Tensor) -> bool:
+    """Whether no part of the window lies beyond the image."""
+    height, width = image.shape[-2:]
+    return 0 <= window.top <= height - window.side and 0 <= window.left <= width - window.side
 
 
 def _lines(image: Tensor, window: Window) -> tuple[Tensor, Tensor]:
@@ -242,13 +261,12 @@ def patch(
     Raises:
         InvalidScene: As for ``paste``.
     """
-    if not mask.any():
-        raise InvalidScene("The mask is empty, so there is nothing to fill: mark the hole with 1.")
     height, width = mask.shape
+    extent_down, extent_across = _extents(mask)
     # The colour fit needs its ring, the blend its feather; nothing further out is touched.
     pad = max(feather_px, RING_PX if match_colour else 0)
-    top, bottom, room_down = _span(_extent(mask.any(dim=1)), window.top, window.side, height, pad)
-    left, right, room_across = _span(_extent(mask.any(dim=0)), window.left, window.side, width, pad)
+    top, bottom, room_down = _span(extent_down, window.top, window.side, height, pad)
+    left, right, room_across = _span(extent_across, window.left, window.side, width, pad)
     rows, columns = slice(top, bottom), slice(left, right)
     native = _resize_samples(samples, window.side)
     native = native[..., top - window.top : bottom - window.top, :]

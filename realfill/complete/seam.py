@@ -16,7 +16,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.linalg import solveh_banded
+from scipy.linalg import cho_solve_banded, cholesky_banded
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -41,58 +41,86 @@ def seamless(samples: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     Returns:
         Images in [0, 1] that equal the target where it is known. [N, 3, H, W]
     """
-    known = (1 - mask).to(samples)
-    if not known.any() or not mask.any():
-        return samples
-    target = target.to(samples)
-    cell = -(-max(mask.shape) // GRID)
-    weight = _pooled(known[None, None], cell)
-    error = _pooled((target - samples) * known, cell) / weight.clamp(min=1e-6)
-    surface = continuation(error, weight[0, 0] > 0)
-    if cell > 1:
-        surface = F.interpolate(surface, scale_factor=cell, mode="bilinear")
-    height, width = mask.shape
-    shifted = (samples + surface[..., :height, :width]).clamp(0, 1)
-    return torch.where(known > 0, target, shifted)
+    return Seam(mask).close(samples, target)
 
 
-def continuation(values: Tensor, known: Tensor) -> Tensor:
-    """The spline in tension through what is known.
+class Seam:
+    """The seam around one hole, with what needs no sample done already: most of the work.
+
+    Args:
+        mask: 1 where pixels are missing, else 0. [H, W]
+    """
+
+    def __init__(self, mask: Tensor) -> None:
+        self._known = (1 - mask).float()
+        self._cell = -(-max(mask.shape) // GRID)
+        self._weight = _pooled(self._known[None, None], self._cell)
+        some = bool(self._known.any()) and bool(mask.any())
+        self._continuation = Continuation(self._weight[0, 0] > 0) if some else None
+
+    def close(self, samples: Tensor, target: Tensor) -> Tensor:
+        """The samples, shifted; arguments and outcome as for ``seamless``."""
+        if self._continuation is None:
+            return samples
+        known, weight = self._known.to(samples), self._weight.to(samples)
+        target = target.to(samples)
+        error = _pooled((target - samples) * known, self._cell) / weight.clamp(min=1e-6)
+        surface = self._continuation.of(error)
+        if self._cell > 1:
+            surface = F.interpolate(surface, scale_factor=self._cell, mode="bilinear")
+        height, width = known.shape
+        shifted = (samples + surface[..., :height, :width]).clamp(0, 1)
+        return torch.where(known > 0, target, shifted)
+
+
+class Continuation:
+    """The spline in tension through what is known of a grid.
 
     With the grid's Laplacian L it solves L(L + tension) u = 0 at every unknown cell. At the borders
     of the grid nothing is prescribed.
 
     Args:
-        values: Read where they are known. [N, C, h, w]
-        known: True where a value is given; at least one is. [h, w]
-
-    Returns:
-        The given values, and the continuation between them. [N, C, h, w]
+        known: True where values are given; at least one is. [h, w]
     """
-    unknown = ~known.cpu().numpy()
-    if not unknown.any():
-        return values
-    down, across = (_window(places) for places in np.nonzero(unknown))
-    unknown = unknown[down, across]
-    flat = values[..., down, across].detach().double().cpu().numpy().reshape(-1, *unknown.shape)
-    is_wide = unknown.shape[1] > unknown.shape[0]
-    if is_wide:
+
+    def __init__(self, known: Tensor) -> None:
+        unknown = ~known.cpu().numpy()
+        self._is_whole = not unknown.any()
+        if self._is_whole:
+            return
+        self._down, self._across = (_window(places) for places in np.nonzero(unknown))
+        unknown = unknown[self._down, self._across]
         # Numbered along the hole's shorter side, cells of one equation have the closest numbers.
-        unknown, flat = unknown.T, flat.transpose(0, 2, 1)
-    given = np.where(unknown, 0, flat)
-    given = _laplacian(_laplacian(given) + TENSION * given)[:, unknown]
-    # Symmetric and positive definite, and within a band that is no wider than twice the hole:
-    # Cholesky in a band takes less time than a general sparse solver.
-    solved = solveh_banded(
-        _equations(unknown), -given.T, lower=True, overwrite_ab=True, check_finite=False
-    )
-    flat = flat.copy()
-    flat[:, unknown] = solved.T
-    continued = values.clone()
-    within = flat.transpose(0, 2, 1) if is_wide else flat
-    within = within.reshape(*values.shape[:2], *within.shape[1:])
-    continued[..., down, across] = torch.from_numpy(within).to(values)
-    return continued
+        self._is_wide = unknown.shape[1] > unknown.shape[0]
+        self._unknown = unknown.T if self._is_wide else unknown
+        # Symmetric and positive definite, and within a band that is no wider than twice the hole:
+        # Cholesky in a band takes less time than a general sparse solver.
+        self._factor = cholesky_banded(
+            _equations(self._unknown), lower=True, overwrite_ab=True, check_finite=False
+        )
+
+    def of(self, values: Tensor) -> Tensor:
+        """The given values, and the continuation between them.
+
+        Args:
+            values: Read where they are known. [N, C, h, w]
+        """
+        if self._is_whole:
+            return values
+        unknown = self._unknown
+        within = values[..., self._down, self._across].detach().double().cpu().numpy()
+        flat = within.reshape(-1, *within.shape[2:])
+        if self._is_wide:
+            flat = flat.transpose(0, 2, 1)
+        given = np.where(unknown, 0, flat)
+        given = _laplacian(_laplacian(given) + TENSION * given)[:, unknown]
+        solved = cho_solve_banded((self._factor, True), -given.T, check_finite=False)
+        flat = flat.copy()
+        flat[:, unknown] = solved.T
+        filled = (flat.transpose(0, 2, 1) if self._is_wide else flat).reshape(within.shape)
+        continued = values.clone()
+        continued[..., self._down, self._across] = torch.from_numpy(filled).to(values)
+        return continued
 
 
 def _equations(unknown: NDArray[np.bool_]) -> NDArray[np.float64]:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from realfill.complete.seam import TENSION, continuation, seamless
+from realfill.complete.seam import TENSION, Continuation, seamless
 
 
 def hole(size_px: int, low: int, high: int) -> torch.Tensor:
@@ -39,7 +39,7 @@ def test_the_continuation_solves_the_splines_equation(
     values = torch.rand(2, 3, *sides, generator=generator, dtype=torch.float64)
     known = torch.rand(sides, generator=generator) < share
     known[0, 0] = True
-    solved = continuation(values, known)
+    solved = Continuation(known).of(values)
     assert torch.equal(solved[..., known], values[..., known])
     grid = laplacian(*sides)
     equations = grid @ (grid + TENSION * torch.eye(len(grid)))
@@ -55,7 +55,7 @@ def test_slopes_are_carried_on_into_the_hole() -> None:
     tent = torch.minimum(line, line.flip(0)).expand(1, 1, 24, -1)
     known = torch.ones(24, 24, dtype=torch.bool)
     known[:, 8:16] = False
-    solved = continuation(tent, known)
+    solved = Continuation(known).of(tent)
     rim = float(tent[0, 0, 0, 7])
     assert float(solved[..., 8:16].min()) > rim + 0.002
     assert float(solved[..., 8:16].max()) < float(tent.max())
