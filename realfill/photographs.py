@@ -112,9 +112,10 @@ def decode_mask(encoded: bytes, name: str, max_pixels: int) -> Tensor:
     """
     colours, alpha = _decode(encoded, name, max_pixels)
     if alpha is None and colours.dtype == np.uint8:
-        weights = [round(1000 * share) for share in LUMINANCE]
-        parts = [weight * of.astype(np.int32) for weight, of in zip(weights, colours, strict=True)]
-        return torch.from_numpy((sum(parts) >= 1000 * 255 / 2).astype(np.float32))
+        # Thousandths of whole numbers add up exactly, in float32 too.
+        thousandths = np.rint(1000 * np.array(LUMINANCE)).astype(np.float32)
+        luminance = colours.transpose(1, 2, 0).astype(np.float32) @ thousandths  # [H, W]
+        return torch.from_numpy((luminance >= 1000 * 255 / 2).astype(np.float32))
     colours = _unit_range(colours)
     luminance = np.tensordot(LUMINANCE, colours, axes=1)  # [H, W]
     if alpha is not None and alpha.min() < 1:

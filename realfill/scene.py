@@ -205,8 +205,8 @@ def _check_reference_count(name: str, count: int) -> None:
 
 
 def _check_mask(name: str, mask: Tensor, size: tuple[int, ...] | None, *, allow_full: bool) -> None:
-    if size is not None and mask.shape != size:
-        raise InvalidScene(_wrong_size(name, mask, size))
+    if size is not None:
+        check_size(name, mask, size)
     if not mask.any():
         raise InvalidScene(
             f"{name} marks no pixel as missing: white (or opaque) is what will be filled, black"
@@ -217,6 +217,21 @@ def _check_mask(name: str, mask: Tensor, size: tuple[int, ...] | None, *, allow_
             f"{name} marks every pixel as missing: white (or opaque) is what will be filled, black"
             " what stays. Invert it, or paint what should stay black."
         )
+
+
+def check_size(name: str, image: Tensor, size: tuple[int, ...]) -> None:
+    """Refuse an image or a mask that is not as large as the target.
+
+    Args:
+        name: What the message calls it.
+        image: [..., H, W]
+        size: Height and width of the target.
+
+    Raises:
+        InvalidScene: It is of another size.
+    """
+    if image.shape[-2:] != size:
+        raise InvalidScene(_wrong_size(name, image, size))
 
 
 def _wrong_size(name: str, image: Tensor, size: tuple[int, ...]) -> str:

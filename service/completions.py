@@ -22,7 +22,7 @@ from service.answer import Answer, Pending, Plan
 from service.engine import Sampled
 from service.errors import Cancelled, DeadlineExceeded, InvalidRequest, QueueFull
 from service.forms import fields_of, files_of, read_form, wanted_form
-from service.images import encode, read_image, read_mask
+from service.images import check_fit, encode, read_image, read_mask
 from service.metrics import Metrics
 from service.middleware import record_of
 from service.road import Road
@@ -197,11 +197,11 @@ class Completions:
 
     async def _work(self, ask: Ask, request: Request, cancel: threading.Event) -> Response:
         started, loop = time.perf_counter(), asyncio.get_running_loop()
-        # The registry is asked while the images are decoded.
+        # The registry is asked while the images are decoded, side by side.
         look_up = loop.run_in_executor(self.waiting, self.road.look_up, ask.reference)
         # If it fails after the images did, nobody is told: they were the reason.
         look_up.add_done_callback(lambda done: done.cancelled() or done.exception())
-        image, mask = await self._in_thread(partial(_read, ask, self.settings.max_pixels))
+        image, mask = await self._read(ask)
         read_s = time.perf_counter() - started
         begin = partial(self.road.begin, await look_up, image, mask, ask.plan, cancel)
         pending = await loop.run_in_executor(self.waiting, begin)
@@ -221,6 +221,22 @@ class Completions:
             timings_ms=_milliseconds(stages),
         )
         return response
+
+    async def _read(self, ask: Ask) -> tuple[Tensor, Tensor]:
+        """The request's image and mask; what is wrong with the image is said first."""
+        most = self.settings.max_pixels
+        read = [
+            self._in_thread(partial(_read, file, decode, most))
+            for file, decode in ((ask.image, read_image), (ask.mask, read_mask))
+        ]
+        image, mask = await asyncio.gather(*read, return_exceptions=True)
+        for outcome in (image, mask):
+            if isinstance(outcome, BaseException):
+                raise outcome
+        assert isinstance(image, Tensor)
+        assert isinstance(mask, Tensor)
+        check_fit(image, mask)
+        return image, mask
 
     def _finish(
         self, ask: Ask, pending: Pending, sampled: Sampled, request_id: str, started: float
@@ -316,15 +332,10 @@ async def _until_disconnect(receive: Receive) -> None:
         continue
 
 
-def _read(ask: Ask, max_pixels: int) -> tuple[Tensor, Tensor]:
-    """The request's image and mask, whose files are closed."""
-    try:
-        image = read_image(ask.image.file.read(), max_pixels=max_pixels)
-        size = (image.shape[-2], image.shape[-1])
-        return image, read_mask(ask.mask.file.read(), size, max_pixels=max_pixels)
-    finally:
-        ask.image.file.close()
-        ask.mask.file.close()
+def _read(file: UploadFile, decode: Callable[..., Tensor], max_pixels: int) -> Tensor:
+    """An uploaded picture, whose file is closed."""
+    with file.file as opened:
+        return decode(opened.read(), max_pixels=max_pixels)
 
 
 def _text(file: bytes) -> str:

@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from realfill.photographs import DECODING_ERRORS, FORMATS
-from realfill.scene import load_bytes, load_mask
+from realfill.scene import check_size, load_bytes, load_mask
 from service.errors import ImageTooLarge
 from service.png import write_png
 from service.schemas import ImageFormat
@@ -19,6 +19,8 @@ MEDIA_TYPES: dict[str, ImageFormat] = {
     "image/jpeg": "jpeg",
     "image/webp": "webp",
 }
+# What messages call them.
+IMAGE, MASK = "The field 'image'", "The field 'mask'"
 # A candidate is read once: time counts for more than size. JPEG without chroma subsampling; WebP
 # lossless, as PNG is.
 _SAVE_OPTIONS: dict[ImageFormat, dict[str, object]] = {
@@ -38,15 +40,14 @@ def read_image(encoded: bytes, *, max_pixels: int) -> Tensor:
         InvalidScene: It is no image of an allowed format, or damaged.
     """
     _check_pixels(encoded, "image", max_pixels)
-    return load_bytes(encoded, max_pixels=max_pixels, label="The field 'image'")
+    return load_bytes(encoded, max_pixels=max_pixels, label=IMAGE)
 
 
-def read_mask(encoded: bytes, size: tuple[int, int], *, max_pixels: int) -> Tensor:
+def read_mask(encoded: bytes, *, max_pixels: int) -> Tensor:
     """Decode the field ``mask``: white (or opaque) is missing.
 
     Args:
         encoded: The uploaded file.
-        size: Height and width of the image that the mask belongs to.
         max_pixels: Limit, as for the image.
 
     Returns:
@@ -54,10 +55,19 @@ def read_mask(encoded: bytes, size: tuple[int, int], *, max_pixels: int) -> Tens
 
     Raises:
         ImageTooLarge: It has more pixels than the limit.
-        InvalidScene: It is no image, of another size, empty or full.
+        InvalidScene: It is no image, empty or full.
     """
     _check_pixels(encoded, "mask", max_pixels)
-    return load_mask(encoded, size, max_pixels=max_pixels, label="The field 'mask'").bool()
+    return load_mask(encoded, None, max_pixels=max_pixels, label=MASK).bool()
+
+
+def check_fit(image: Tensor, mask: Tensor) -> None:
+    """Refuse a mask that is not as large as its image. [3, H, W] and [H, W]
+
+    Raises:
+        InvalidScene: It is of another size.
+    """
+    check_size(MASK, mask, tuple(image.shape[-2:]))
 
 
 def encode(numbers: Tensor, image_format: ImageFormat) -> bytes:

@@ -145,8 +145,18 @@ def test_the_real_engine_answers_over_http(capsule: bytes, tmp_path: Path) -> No
         ({"image": encoded(photo(), "GIF")}, "is a GIF, whatever its name says"),
         ({"image": b"hello"}, "is no image"),
         ({"image": b""}, "is empty"),
+        ({"image": b"hello", "mask": b""}, "'image' is no image"),
     ],
-    ids=["mask of another size", "empty mask", "full mask", "truncated", "GIF", "text", "nothing"],
+    ids=[
+        "mask of another size",
+        "empty mask",
+        "full mask",
+        "truncated",
+        "GIF",
+        "text",
+        "nothing",
+        "both",
+    ],
 )
 def test_an_unusable_picture_is_refused(serve: Serve, other: Any, sentence: str) -> None:
     """422 with one sentence that names the field, what is wrong and the remedy."""

@@ -35,7 +35,7 @@ def test_bytes_and_pixels_are_inverse() -> None:
 
 def test_a_mask_is_true_where_white() -> None:
     """Half and above is missing."""
-    mask = read_mask(encoded(hole()), (40, 48), max_pixels=10_000)
+    mask = read_mask(encoded(hole()), max_pixels=10_000)
     assert torch.equal(mask, torch.from_numpy(hole() > 0))
 
 
