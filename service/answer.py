@@ -130,7 +130,7 @@ class Answer:
 
         Made on demand: sixteen candidates of a large photograph would take gigabytes.
         """
-        sample = self._samples[self.candidates[place].sample][None]
+        sample = self._samples[self.candidates[place].sample][None].cpu()
         pending = self._pending
         rows, columns, pixels = patch(
             sample, pending.window, pending.image, pending.mask, self.plan.feather_px
@@ -150,7 +150,7 @@ class Answer:
         best = int(self._ranking.per_reference[sample].argmax())
         name = list(references_of(pending.found.loaded.capsule))[best]
         drawn = draw_correspondences(
-            composited(pending, self._samples[sample][None])[0],
+            composited(pending, self._samples[sample][None].cpu())[0],
             to_pixels(pending.found.loaded.capsule.extras[name]),
             self._ranking.correspondences[best].of_pair(sample),
             pending.job.mask,
@@ -164,10 +164,14 @@ def references_of(capsule: Capsule) -> dict[str, Tensor]:
 
 
 def composited(pending: Pending, samples: Tensor) -> Tensor:
-    """Candidates as they are ranked: the window at the size that the model saw. [N, 3, S, S]"""
+    """Candidates as they are ranked: the window at the size that the model saw. [N, 3, S, S]
+
+    Made where the samples are.
+    """
     job = pending.job
+    target, mask = job.target.to(samples), job.mask.to(samples)
     feather_px = round(pending.plan.feather_px * job.mask.shape[-1] / pending.window.side)
-    return composite(samples, job.target, job.mask, feather_px=feather_px)
+    return composite(samples, target, mask, feather_px=feather_px)
 
 
 def candidates_of(seeds: tuple[int, ...], ranking: Ranking | None) -> tuple[Candidate, ...]:

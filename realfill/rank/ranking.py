@@ -59,6 +59,18 @@ class Ranking:
         """Index of the best candidate."""
         return int(self.order[0])
 
+    def to(self, device: str | torch.device) -> Ranking:
+        """The same on another device; the correspondences stay where they are."""
+        return replace(
+            self,
+            scores=self.scores.to(device),
+            agreement=self.agreement.to(device),
+            per_reference=self.per_reference.to(device),
+            confidence=self.confidence.to(device),
+            order=self.order.to(device),
+            coverage=self.coverage.to(device),
+        )
+
     @property
     def ordered_by(self) -> Tensor:
         """Agreement or scores. [N]"""

@@ -147,16 +147,7 @@ def test_the_real_engine_answers_over_http(capsule: bytes, tmp_path: Path) -> No
         ({"image": b""}, "is empty"),
         ({"image": b"hello", "mask": b""}, "'image' is no image"),
     ],
-    ids=[
-        "mask of another size",
-        "empty mask",
-        "full mask",
-        "truncated",
-        "GIF",
-        "text",
-        "nothing",
-        "both",
-    ],
+    ids=["another size", "empty mask", "full mask", "truncated", "GIF", "text", "nothing", "both"],
 )
 def test_an_unusable_picture_is_refused(serve: Serve, other: Any, sentence: str) -> None:
     """422 with one sentence that names the field, what is wrong and the remedy."""

@@ -15,6 +15,7 @@ from realfill.base import Base
 from realfill.capsule import read_capsule, write_capsule
 from realfill.errors import AdapterMismatch, InvalidCapsule
 from realfill.rank import Features, loftr, with_features
+from realfill.rank.matchers import load_matcher
 from registry.errors import CorruptObject, NotFound, SignatureRefused
 from registry.signing import Guard, Policy, sign
 from service.answer import Plan
@@ -286,3 +287,26 @@ def test_adapters_wait_for_a_cuda_device_in_page_locked_memory(
     assert all(factor.is_pinned() for factors in held.factors.values() for factor in factors)
     written = read_capsule(tower, base).adapter
     assert all(torch.equal(held.factors[path][1], b) for path, (_, b) in written.factors.items())
+
+
+@pytest.mark.gpu
+def test_samples_of_a_cuda_device_are_finished_there_as_elsewhere(
+    base: Base, tower: bytes, tmp_path: Path, image: Tensor, mask: Tensor
+) -> None:
+    """Seam, composite and ranking; pictures and verdicts then are the CPU's."""
+    road = road_of(base, tmp_path, matcher=load_matcher("torch:nano", device="cuda"))
+    road.registry.publish(tower)
+    plan = replace(PLAN, seamless=True)
+    answers = []
+    for device in ("cpu", "cuda"):
+        pending = road.begin(road.look_up("tower"), image, mask, plan, threading.Event())
+        sampled = pending.future.result()
+        sampled = replace(sampled, samples=sampled.samples.to(device))
+        answers.append(road.finish(pending, sampled))
+    here, there = ({c.seed: (c, answer.picture(k)) for k, c in enumerate(answer.candidates)}
+                   for answer in answers)  # fmt: skip
+    assert here.keys() == there.keys() == set(PLAN.seeds)
+    for seed, (candidate, picture) in here.items():
+        assert there[seed][0].score == pytest.approx(candidate.score, abs=2)
+        assert (there[seed][1].int() - picture.int()).abs().max() <= 1
+    assert answers[1].evidence(0) is not None

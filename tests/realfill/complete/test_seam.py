@@ -103,3 +103,14 @@ def test_without_known_pixels_samples_come_back() -> None:
     """There is no rim to meet."""
     samples = torch.rand(2, 3, 16, 16)
     assert torch.equal(seamless(samples, torch.zeros(3, 16, 16), torch.ones(16, 16)), samples)
+
+
+@pytest.mark.gpu
+def test_a_seam_is_closed_where_the_samples_are() -> None:
+    """On a GPU as on a CPU, but for roundings; the surface alone goes to the CPU and back."""
+    generator = torch.Generator().manual_seed(5)
+    samples = torch.rand(4, 3, 300, 300, generator=generator)
+    target, mask = torch.rand(3, 300, 300, generator=generator), hole(300, 90, 210)
+    made = seamless(samples.cuda(), target, mask)
+    assert made.is_cuda
+    torch.testing.assert_close(made.cpu(), seamless(samples, target, mask), rtol=0, atol=1e-5)

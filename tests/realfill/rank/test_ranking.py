@@ -192,6 +192,18 @@ def test_prepared_references_are_not_looked_at_again() -> None:
     assert torch.equal(kept.correspondences[1].points1, fresh.correspondences[1].points1)
 
 
+def test_a_ranking_moves_to_another_device_but_for_its_correspondences() -> None:
+    """Meta is a device that is always there, and holds no numbers."""
+    pictures = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    ranking = rank_candidates(_small_loftr(), pictures[:2], _mask(8, 8, 56, 56), [pictures[2]])
+    moved = ranking.to("meta")
+    assert moved.scores.is_meta
+    assert moved.order.is_meta
+    assert moved.coverage.shape == ranking.coverage.shape
+    assert moved.matches is ranking.matches
+    assert moved.hole_cells == ranking.hole_cells
+
+
 def test_the_reference_itself_beats_noise_and_blank() -> None:
     """A candidate identical to the reference wins; a blank one has finite numbers."""
     pictures = _pictures(3)
