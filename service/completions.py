@@ -28,6 +28,7 @@ from service.middleware import record_of
 from service.road import Road
 from service.schemas import CandidateView, CompletionFields, CompletionView, ImageFormat
 from service.settings import Settings
+from service.threads import side_by_side
 
 T = TypeVar("T")
 
@@ -248,7 +249,9 @@ class Completions:
 
     def _as_image(self, ask: Ask, answer: Answer, request_id: str, started: float) -> Response:
         """The best candidate, with the evidence in headers."""
-        encoded, best = self._encoded(answer, 0, ask.image_format), answer.candidates[0]
+        best, began = answer.candidates[0], time.perf_counter()
+        encoded = encode(answer.picture(0), ask.image_format)
+        answer.timings_s["encode"] = time.perf_counter() - began
         answer.timings_s["total"] = time.perf_counter() - started
         headers = {
             "X-RealFill-Scene": answer.version.scene,
@@ -272,12 +275,9 @@ class Completions:
     def _as_json(self, ask: Ask, answer: Answer, request_id: str, started: float) -> Response:
         """All candidates, best first, the first ``top`` with their images."""
         views = []
+        drawn = self._drawn(ask, answer)
         for place, candidate in enumerate(answer.candidates):
-            image = evidence = None
-            if place < ask.top:
-                image = _text(self._encoded(answer, place, ask.image_format))
-                drawn = answer.evidence(place) if ask.evidence else None
-                evidence = None if drawn is None else _text(encode(drawn, "png"))
+            image, evidence = drawn[place] if place < len(drawn) else (None, None)
             per_reference = candidate.per_reference
             views.append(
                 CandidateView(
@@ -315,12 +315,13 @@ class Completions:
         headers = {"Vary": "Accept", "X-Adapter-Digest": answer.version.digest}
         return Response(view.model_dump_json(), media_type="application/json", headers=headers)
 
-    def _encoded(self, answer: Answer, place: int, image_format: ImageFormat) -> bytes:
+    def _drawn(self, ask: Ask, answer: Answer) -> list[tuple[str, str | None]]:
+        """Image and evidence of the first candidates, as text; side by side."""
         started = time.perf_counter()
-        encoded = encode(answer.picture(place), image_format)
-        stages = answer.timings_s
-        stages["encode"] = stages.get("encode", 0.0) + time.perf_counter() - started
-        return encoded
+        first = range(min(ask.top, len(answer.candidates)))
+        drawn = side_by_side(self.work, [partial(_drawn, ask, answer, place) for place in first])
+        answer.timings_s["encode"] = time.perf_counter() - started
+        return drawn
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self.work, work)
@@ -336,6 +337,13 @@ def _read(file: UploadFile, decode: Callable[..., Tensor], max_pixels: int) -> T
     """An uploaded picture, whose file is closed."""
     with file.file as opened:
         return decode(opened.read(), max_pixels=max_pixels)
+
+
+def _drawn(ask: Ask, answer: Answer, place: int) -> tuple[str, str | None]:
+    """One candidate's image, and its evidence where that is asked for and there is any."""
+    image = _text(encode(answer.picture(place), ask.image_format))
+    evidence = answer.evidence(place) if ask.evidence else None
+    return image, None if evidence is None else _text(encode(evidence, "png"))
 
 
 def _text(file: bytes) -> str:
