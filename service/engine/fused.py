@@ -5,9 +5,9 @@ weights fused once and kept; swapping is then a matter of naming another set, an
 scenes runs every target layer part by part with the weights of that part. A sample sees the very
 operations that it would see alone, hence the very same bits.
 
-A set of ``nano`` takes 42 to 47 MB. Low-rank terms beside the base's weights would take less memory
-and, in a batch of sixteen scenes, the same time within 3 % (rows ``engine.mixed_step_ms.segmented``
-and without the suffix), but round differently.
+A set of ``nano`` takes 42 to 47 MB. Low-rank terms beside the base's weights would take less
+memory, but more time in a batch of sixteen scenes (rows ``engine.mixed_step_ms.segmented`` and
+without the suffix), and round differently.
 """
 
 from __future__ import annotations
