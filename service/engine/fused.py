@@ -2,8 +2,8 @@
 
 On a CPU nothing forces weights to stay at one address. So each scene that is in use has its target
 weights fused once and kept; swapping is then a matter of naming another set, and a batch of many
-scenes runs every target layer part by part with the weights of that part. A sample sees the very
-operations that it would see alone, hence the very same bits.
+scenes runs the network part by part with the weights of that part (``service.engine.program``). A
+sample sees the very operations that it would see alone, hence the very same bits.
 
 A set of ``nano`` takes 42 to 47 MB. Low-rank terms beside the base's weights would take less
 memory, but more time in a batch of sixteen scenes (rows ``engine.mixed_step_ms.segmented`` and
@@ -13,37 +13,33 @@ without the suffix), and round differently.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 
 import torch
-from diffusers.models.attention import FeedForward
-from torch import nn
+from torch import Tensor, nn
 
 from kernels.merge_lora import merge_lora_
 from realfill.base import target_layers
 from realfill.capsule import Adapter
 from service.engine.arena import Tier, TierMetrics
-from service.engine.layers import (
-    Exact,
-    Installed,
-    Packed,
-    PartedLayer,
-    Parting,
-    Parts,
-    PiecewiseBlock,
-    install_exact,
+from service.engine.fusion import install_fusion
+from service.engine.layers import Exact, Installed, Packed, Parting, Parts, exact_layers
+from service.engine.program import (
+    Given,
+    GivenLayer,
+    JoinedLayers,
+    PartedNetwork,
+    Programs,
+    are_alike,
+    layers_that_read_alike,
 )
 from service.engine.staging import StagedAdapter, as_matrix, stage
 from service.engine.weights import Part, SpoiltWeights, divided
 
 logger = logging.getLogger(__name__)
-
-# Samples that pass through a feed-forward block at once: with nano on two CPU cores, a step of
-# sixteen took 141 ms with all in one, 131, 127 and 120 ms with one, two and four at a time.
-FED_AT_ONCE = 4
 
 
 @dataclass(eq=False)
@@ -52,15 +48,16 @@ class FusedSet:
 
     Attributes:
         digest: Of the capsule.
-        weights: As the layers compute with them, in the order of the target modules.
+        weights: As the layers compute with them, in their order; None for layers that no adapter
+            changes.
     """
 
     digest: str
-    weights: list[Packed]
+    weights: list[Packed | None]
 
     def is_sound(self) -> bool:
         """Whether nobody has written to the weights."""
-        return not any(weight.versions for weight in self.weights)
+        return not any(weight.versions for weight in self.weights if weight is not None)
 
 
 class FusedWeights:
@@ -98,21 +95,58 @@ class FusedWeights:
         self._to_forget: set[str] = set()
         self._parting = Parting()
         self._composed: tuple[str | None, ...] = ()
-        self._exact = [Exact(module) for module in self._modules.values()]
+        self._layers = self._grouped(unet)
+        self._joined: list[JoinedLayers] = []
         self._installed = self._install(unet)
         self._marks = self._read_marks()
         self.writes = 0
 
+    def _grouped(self, unet: nn.Module) -> list[Exact]:
+        """All layers, those that read alike as one; none holds targets and others."""
+        targets = {id(module) for module in self._modules.values()}
+        layers: list[Exact] = []
+        seen: set[int] = set()
+        for group in layers_that_read_alike(unet):
+            if len({id(module) in targets for module in group}) == 1 and are_alike(group):
+                layers.append(Exact(*group))
+                seen.update(map(id, group))
+        alone = [module for module in exact_layers(unet) if id(module) not in seen]
+        return [*layers, *map(Exact, alone)]
+
     def _install(self, unet: nn.Module) -> Installed:
-        modules = list(self._modules.values())
-        installed = install_exact(unet, modules)
-        for place, (module, exact) in enumerate(zip(modules, self._exact, strict=True)):
-            installed.install(module, PartedLayer(exact, self._parting, place))
-        for block in unet.modules():
-            if isinstance(block, FeedForward):
-                own = partial(FeedForward.forward, block)
-                installed.install(block, PiecewiseBlock(own, self._parting, FED_AT_ONCE))
+        installed, given = Installed(), Given()
+        for place, exact in enumerate(self._layers):
+            layer = GivenLayer(exact, given, place)
+            if len(exact.modules) == 1:
+                installed.install(exact.module, layer)
+                continue
+            joined = JoinedLayers(layer, exact.out_sizes)
+            self._joined.append(joined)
+            for member, module in enumerate(exact.modules):
+                installed.install(module, partial(joined.outcome, member))
+        installed.methods += install_fusion(unet).methods
+        programs = Programs(partial(self._by_layers, partial(type(unet).forward, unet)), given)
+        installed.install(unet, PartedNetwork(programs, self._parting, self._weights_for))
         return installed
+
+    def _by_layers(
+        self, forward: Callable[..., tuple[Tensor]], x: Tensor, timesteps: Tensor, prompts: Tensor
+    ) -> Tensor:
+        """A call of the network as it is written."""
+        try:
+            return forward(x, timesteps, encoder_hidden_states=prompts, return_dict=False)[0]
+        finally:
+            for joined in self._joined:
+                joined.forget()
+
+    def _weights_for(self, chosen: Sequence[Packed | None] | None, samples: int) -> list[Tensor]:
+        """A part's weights, as the calling thread's layers want them for so many samples."""
+        if chosen is None:
+            chosen = [None] * len(self._layers)
+        return [
+            (layer.mine() if weight is None else weight).for_samples(samples)
+            for layer, weight in zip(self._layers, chosen, strict=True)
+        ]
 
     @property
     def module_paths(self) -> tuple[str, ...]:
@@ -213,31 +247,44 @@ class FusedWeights:
     def _set_bytes(self) -> int:
         """Of a set in all forms in which its weights may be wanted."""
         return sum(
-            exact.forms * pristine.nbytes
-            for exact, pristine in zip(self._exact, self._pristine.values(), strict=True)
+            layer.forms * module.weight.nbytes
+            for layer in self._layers_of_targets()
+            for module in layer.modules
         )
+
+    def _layers_of_targets(self) -> list[Exact]:
+        targets = {id(module) for module in self._modules.values()}
+        return [layer for layer in self._layers if id(layer.module) in targets]
 
     @torch.no_grad()
     def _fuse(self, staged: StagedAdapter) -> FusedSet:
-        """A scene's weights: one allocation for all, convolutions packed after it."""
-        paths = list(self._modules)
-        sizes = [pristine.numel() for pristine in self._pristine.values()]
-        outs = [
-            out.view(as_matrix(self._pristine[path]).shape)
-            for path, out in zip(paths, torch.empty(sum(sizes)).split(sizes), strict=True)
-        ]
-        changed = [place for place, path in enumerate(paths) if path in staged.factors]
+        """A scene's weights: one allocation for all, each layer's packed after it."""
+        places = {id(module): path for path, module in self._modules.items()}
+        layers = self._layers_of_targets()
+        paths = [places[id(module)] for layer in layers for module in layer.modules]
+        sizes = [self._pristine[path].numel() for path in paths]
+        whole = torch.empty(sum(sizes))
+        outs = dict(zip(paths, whole.split(sizes), strict=True))
+        matrices = {
+            path: out.view(as_matrix(self._pristine[path]).shape) for path, out in outs.items()
+        }
+        changed = [path for path in paths if path in staged.factors]
         merge_lora_(
-            [outs[place] for place in changed],
-            [as_matrix(self._pristine[paths[place]]) for place in changed],
-            [staged.factors[paths[place]][0] for place in changed],
-            [staged.factors[paths[place]][1] for place in changed],
+            [matrices[path] for path in changed],
+            [as_matrix(self._pristine[path]) for path in changed],
+            [staged.factors[path][0] for path in changed],
+            [staged.factors[path][1] for path in changed],
             staged.scale,
         )
-        for place in set(range(len(paths))) - set(changed):
-            outs[place].copy_(as_matrix(self._pristine[paths[place]]))
-        weights = [exact.pack(out) for exact, out in zip(self._exact, outs, strict=True)]
-        return FusedSet(staged.digest, weights)
+        for path in set(paths) - set(changed):
+            matrices[path].copy_(as_matrix(self._pristine[path]))
+        # What is computed as one lies side by side.
+        spans = [sum(module.weight.numel() for module in layer.modules) for layer in layers]
+        packed = {
+            id(layer): layer.pack(span)
+            for layer, span in zip(layers, whole.split(spans), strict=True)
+        }
+        return FusedSet(staged.digest, [packed.get(id(layer)) for layer in self._layers])
 
     def _held(self, digest: str) -> FusedSet:
         try:

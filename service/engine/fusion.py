@@ -1,4 +1,4 @@
-"""A U-Net on a GPU: what only moves bytes is joined with its neighbours, and one layout is kept."""
+"""A U-Net whose small operations are joined with their neighbours, and which keeps one layout."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.activations import GEGLU
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from diffusers.models.embeddings import TimestepEmbedding
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
@@ -51,15 +52,20 @@ class FusedPictures:
 
     The timestep and the bias of the first convolution, which torch adds in passes of their own, are
     added where the second norm reads. A division by a factor of 1 is left out.
+
+    Attributes:
+        activated: Whether the timestep's embedding comes with its SiLU already done.
     """
 
     block: ResnetBlock2D
+    activated: bool = False
 
     def __call__(self, features: Tensor, temb: Tensor, *_: Any, **__: Any) -> Tensor:
         """Features, given the timestep's embedding. [N, C, H, W] and [N, D]"""
         block = self.block
         hidden, bias = _convolved(block.conv1, FusedNorm(block.norm1)(features))
-        added = block.time_emb_proj(temb if block.skip_time_act else F.silu(temb))
+        done = self.activated or block.skip_time_act
+        added = block.time_emb_proj(temb if done else F.silu(temb))
         hidden = FusedNorm(block.norm2)(hidden, added if bias is None else added + bias)
         hidden = block.conv2(block.dropout(hidden))
         kept = features if block.conv_shortcut is None else block.conv_shortcut(features)
@@ -196,19 +202,35 @@ class KeptLayout:
         return summed
 
 
+@dataclass
+class ActivatedTimes:
+    """The timestep's embedding with the SiLU that every residual block would do for itself."""
+
+    embedding: TimestepEmbedding
+
+    def __call__(self, sample: Tensor, condition: Tensor | None = None) -> Tensor:
+        """Embeddings. [N, C] to [N, D]"""
+        embedded: Tensor = TimestepEmbedding.forward(self.embedding, sample, condition)
+        return F.silu(embedded)
+
+
 def install_fusion(unet: UNet2DConditionModel) -> Installed:
     """Let a U-Net's blocks move fewer bytes, until they are released.
 
     Group norms are fused with their SiLU and with what is added before, additions with the layer
-    norm behind them, gates with their features. The norms before attention have no SiLU. There the
-    gain is the layout: torch's own would turn channels-last features round, and they would be
-    turned back for the linear layer behind. For the same reason what leaves a transformer keeps its
-    layout. Blocks of other kinds than SD2's stay as they are.
+    norm behind them, gates with their features; the timestep's SiLU is done once for all blocks.
+    The norms before attention have no SiLU. There the gain is the layout: torch's own would turn
+    channels-last features round, and they would be turned back for the linear layer behind. For the
+    same reason what leaves a transformer keeps its layout. Blocks of other kinds than SD2's stay as
+    they are.
     """
     installed = Installed()
+    activated = _times_are_plain(unet)
+    if activated:
+        installed.install(unet.time_embedding, ActivatedTimes(unet.time_embedding))
     for block in unet.modules():
         if isinstance(block, ResnetBlock2D) and _is_plain_resnet(block):
-            installed.install(block, FusedPictures(block))
+            installed.install(block, FusedPictures(block, activated))
         if isinstance(block, Transformer2DModel) and isinstance(block.norm, nn.GroupNorm):
             installed.install(block.norm, FusedNorm(block.norm, silu=False))
             installed.install(block, KeptLayout(block), "_get_output_for_continuous_inputs")
@@ -232,6 +254,15 @@ def _is_plain_resnet(block: ResnetBlock2D) -> bool:
         and block.upsample is None
         and block.downsample is None
         and isinstance(block.nonlinearity, nn.SiLU)
+    )
+
+
+def _times_are_plain(unet: UNet2DConditionModel) -> bool:
+    """Whether every reader of the timestep's embedding does its SiLU first, and adds nothing."""
+    blocks = [block for block in unet.modules() if isinstance(block, ResnetBlock2D)]
+    besides = (unet.class_embedding, unet.time_embed_act, unet.config.addition_embed_type)
+    return all(one is None for one in besides) and all(
+        _is_plain_resnet(block) and not block.skip_time_act for block in blocks
     )
 
 

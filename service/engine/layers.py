@@ -10,13 +10,15 @@ MKL that PyTorch takes for linear layers (docs/engine.md).
 
 from __future__ import annotations
 
+import functools
 import itertools
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
@@ -31,25 +33,35 @@ def is_exact(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 class Exact:
-    """One linear layer or convolution whose outcome for a sample depends on that sample alone."""
+    """A layer whose outcome for a sample depends on that sample alone.
 
-    def __init__(self, module: nn.Linear | nn.Conv2d) -> None:
+    Args:
+        module: A linear layer or a convolution.
+        beside: Linear layers that read what it reads, and are computed with it as one: their
+            weights stand below its own, their outcomes behind its own.
+    """
+
+    def __init__(self, module: nn.Linear | nn.Conv2d, *beside: nn.Linear) -> None:
         self.module = module
+        self.modules = (module, *beside)
         self._of_pictures = isinstance(module, nn.Conv2d)
         # A convolution of single pixels is a linear layer of them. As a convolution its packed
         # weight may be in another form than the library wants, which then converts it every time.
         self.convolves = isinstance(module, nn.Conv2d) and not _takes_single_pixels(module)
         self._own: Packed | None = None
-        self._of: tuple[int, int] = (0, 0)
+        self._of: tuple[tuple[int, int], ...] = ()
         self._size: tuple[int, ...] | None = None
         self._forms: dict[tuple[int, int], bytes] = {}
-        # What PyTorch's compiler makes of such layers; the stubs of torch do not know them.
-        self._op: Any = torch.ops.mkldnn._linear_pointwise.default
-        geometry: tuple[Any, ...] = ()
-        if isinstance(module, nn.Conv2d) and self.convolves:
-            self._op = torch.ops.mkldnn._convolution_pointwise.default
-            geometry = (module.padding, module.stride, module.dilation, module.groups)
-        self._settings = (module.bias, *geometry, "none", [], "")
+        biases = [one.bias for one in self.modules if one.bias is not None]
+        self._bias = torch.cat(biases) if beside and biases else module.bias
+        if self._bias is not None:
+            # Nothing is learnt here, and a program takes no parameter as a constant.
+            self._bias = self._bias.detach()
+
+    @property
+    def out_sizes(self) -> list[int]:
+        """Channels of each module's outcome."""
+        return [len(module.weight) for module in self.modules]
 
     def pack(self, weight: Tensor) -> Packed:
         """A weight as the layer computes with it.
@@ -60,7 +72,7 @@ class Exact:
         if self.convolves:
             shaped = weight.detach().view(self.module.weight.shape)
             return Packed(self, self.packed_for(1, shaped), self.form(1))
-        matrix = weight.detach().view(len(self.module.weight), -1)
+        matrix = weight.detach().view(sum(self.out_sizes), -1)
         return Packed(self, torch.ops.mkldnn._reorder_linear_weight(matrix, FEWEST_ROWS), b"")
 
     def packed_for(self, samples: int, weight: Tensor) -> Tensor:
@@ -93,54 +105,82 @@ class Exact:
         """Forms that a weight was wanted in so far."""
         return max(1, len(set(self._forms.values())))
 
-    def compute(self, x: Tensor, weight: Packed) -> Tensor:
-        """The layer's outcome with a packed weight."""
-        return self.compute_parts(x, [len(x)], [weight])
+    def compute(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The layer's outcome with a weight that is packed for so many samples. [N, ...]"""
+        if not self._of_pictures:
+            return self._of_rows(x, weight)
+        pixels = x.permute(0, 2, 3, 1).contiguous()
+        if not self.convolves:
+            return self._of_rows(pixels, weight).permute(0, 3, 1, 2)
+        module = self.module
+        assert isinstance(module, nn.Conv2d)
+        assert not isinstance(module.padding, str)
+        geometry = (module.padding, module.stride, module.dilation)
+        pictures = pixels.permute(0, 3, 1, 2)
+        return _scripted(_convolved)(
+            pictures, weight, self._bias, *map(list, geometry), module.groups
+        )
 
-    def compute_parts(self, x: Tensor, sizes: list[int], weights: Sequence[Packed]) -> Tensor:
-        """The layer's outcome where parts of the batch have weights of their own.
-
-        Args:
-            x: [N, ...]
-            sizes: Of the parts; their sum is N.
-            weights: One for each part.
-        """
-        if self._of_pictures:
-            x = x.permute(0, 2, 3, 1).contiguous()
-        parts = [
-            self._compute_part(part, weight)
-            for part, weight in zip(x.split(sizes), weights, strict=True)
-        ]
-        outcome = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return outcome.permute(0, 3, 1, 2) if self._of_pictures else outcome
-
-    def _compute_part(self, x: Tensor, weight: Packed) -> Tensor:
-        """One part; of pictures with channels last. [N, h, w, C] or [N, ..., C]"""
-        if self.convolves:
-            fitting = weight.for_samples(len(x))
-            convolved: Tensor = self._op(x.permute(0, 3, 1, 2), fitting, *self._settings)
-            return convolved.permute(0, 2, 3, 1)
-        if x.numel() < FEWEST_ROWS * x.shape[-1]:
-            rows = x.reshape(-1, x.shape[-1])
-            blank = rows.new_zeros(FEWEST_ROWS - len(rows), rows.shape[1])
-            filled: Tensor = self._op(torch.cat([rows, blank]), weight.first, *self._settings)
-            return filled[: len(rows)].view(*x.shape[:-1], -1)
-        outcome: Tensor = self._op(x, weight.first, *self._settings)
-        return outcome
+    def _of_rows(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Rows of channels, filled up where they are few. [..., C]"""
+        if x.numel() >= FEWEST_ROWS * x.shape[-1]:
+            return _scripted(_projected)(x, weight, self._bias)
+        rows = x.reshape(-1, x.shape[-1])
+        # As many as one row needs: a program that was traced for few rows is run with more.
+        blank = rows.new_zeros(FEWEST_ROWS - 1, rows.shape[1])
+        filled = _scripted(_projected)(torch.cat([rows, blank]), weight, self._bias)
+        return filled[: rows.shape[0]].view(*x.shape[:-1], -1)
 
     def __call__(self, x: Tensor) -> Tensor:
         """The layer with its own weight."""
-        return self.compute(x, self.own(x))
+        return self.compute(x, self.own(x).for_samples(len(x)))
 
     def own(self, x: Tensor) -> Packed:
-        """The layer's own weight, packed again where somebody has written to it."""
-        weight = self.module.weight
-        of = (weight.data_ptr(), weight._version)
+        """The layer's own weight for pictures of this size; see ``mine``."""
         if self.convolves and self._size != x.shape[1:]:
-            self._size, self._forms, self._own = x.shape[1:], {}, None
+            self._size, self._forms, self._own = tuple(x.shape[1:]), {}, None
+        return self.mine()
+
+    def mine(self) -> Packed:
+        """The layer's own weight, packed again where somebody has written to it."""
+        of = tuple((module.weight.data_ptr(), module.weight._version) for module in self.modules)
         if self._own is None or self._of != of:
-            self._own, self._of = self.pack(weight), of
+            weights = [module.weight for module in self.modules]
+            whole = weights[0] if len(weights) == 1 else torch.cat(weights)
+            self._own, self._of = self.pack(whole), of
         return self._own
+
+
+def _projected(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:  # noqa: UP045
+    """A linear layer with a packed weight. [..., C]"""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def _convolved(
+    x: Tensor,
+    weight: Tensor,
+    bias: Optional[Tensor],  # noqa: UP045
+    padding: list[int],
+    stride: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    """A convolution with a packed weight. [N, C, h, w]"""
+    return torch.ops.mkldnn._convolution_pointwise(
+        x, weight, bias, padding, stride, dilation, groups, "none", [], ""
+    )
+
+
+@functools.cache
+def _scripted(way: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A call of what PyTorch's compiler makes of layers, in a form that can be part of a program.
+
+    The tracer of programs does not take the empty list in such a call; within a script it may be.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        scripted: Callable[..., Tensor] = torch.jit.script(way)
+        return scripted
 
 
 class Packed:
@@ -158,7 +198,9 @@ class Packed:
         self._by_form = {form: first}
 
     def for_samples(self, samples: int) -> Tensor:
-        """The weight as the calling thread's convolution of so many samples wants it."""
+        """The weight as the calling thread's layer wants it for so many samples."""
+        if not self._layer.convolves:
+            return self.first
         form = self._layer.form(samples)
         fitting = self._by_form.get(form)
         if fitting is None:
@@ -191,7 +233,7 @@ class Parts:
     """
 
     ends: tuple[int, ...] = ()
-    weights: tuple[Sequence[Packed] | None, ...] = (None,)
+    weights: tuple[Sequence[Packed | None] | None, ...] = (None,)
 
     def sizes(self, count: int) -> list[int]:
         """Samples of each part, in a batch of so many."""
@@ -215,13 +257,23 @@ class Parts:
         ]
         return Parts(tuple(end for end, _ in kept), tuple(weights for _, weights in kept))
 
-    def pieces(self, count: int, most: int) -> Iterator[tuple[int, int, Parts]]:
-        """Pieces of a batch within which there is one set of weights: start, stop, parts."""
+    def pieces(
+        self, count: int, most: int
+    ) -> Iterator[tuple[int, int, Sequence[Packed | None] | None]]:
+        """Pieces of a batch within which there is one set of weights.
+
+        Args:
+            count: Samples of the batch.
+            most: Of a piece.
+
+        Yields:
+            Where a piece starts and stops, and its weights.
+        """
         start = 0
         for size, weights in zip(self.sizes(count), self.weights, strict=True):
             stop = start + size
             for first in range(start, stop, most):
-                yield first, min(first + most, stop), Parts(weights=(weights,))
+                yield first, min(first + most, stop), weights
             start = stop
 
 
@@ -238,50 +290,6 @@ class Parting(threading.local):
             yield
         finally:
             self.parts = before
-
-
-@dataclass
-class PartedLayer:
-    """An exact layer that follows a parting.
-
-    Attributes:
-        place: Where the layer's weight stands among those of a part.
-    """
-
-    exact: Exact
-    parting: Parting
-    place: int
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Each part of the batch with its own weight. [N, ...]"""
-        exact, parts, place = self.exact, self.parting.parts, self.place
-        weights = [exact.own(x) if part is None else part[place] for part in parts.weights]
-        return exact.compute_parts(x, parts.sizes(len(x)), weights)
-
-
-@dataclass
-class PiecewiseBlock:
-    """A block of layers that takes a few samples through all of them before the next few.
-
-    What passes between its layers is then still in the cache when it is read, and is nowhere put
-    together for the whole batch. For blocks that widen their input, such as feed-forward ones.
-
-    Attributes:
-        forward: The block's own way; samples must not depend on each other in it.
-        samples: Most that go through it at once.
-    """
-
-    forward: Callable[..., Tensor]
-    parting: Parting
-    samples: int
-
-    def __call__(self, x: Tensor, *others: object, **options: object) -> Tensor:
-        """The block's outcome. [N, ...]"""
-        outcomes = []
-        for start, stop, parts in self.parting.parts.pieces(len(x), self.samples):
-            with self.parting.by(parts):
-                outcomes.append(self.forward(x[start:stop], *others, **options))
-        return outcomes[0] if len(outcomes) == 1 else torch.cat(outcomes)
 
 
 @dataclass
@@ -306,15 +314,19 @@ class Installed:
         self.methods.clear()
 
 
-def install_exact(network: nn.Module, besides: Sequence[nn.Module] = ()) -> Installed:
-    """Make all linear layers and convolutions of a network exact, except those given."""
+def exact_layers(network: nn.Module) -> list[nn.Linear | nn.Conv2d]:
+    """The linear layers and convolutions of a network that can be exact."""
+    return [
+        module
+        for module in network.modules()
+        if type(module) is nn.Linear
+        or (type(module) is nn.Conv2d and module.padding_mode == "zeros")
+    ]
+
+
+def install_exact(network: nn.Module) -> Installed:
+    """Make all linear layers and convolutions of a network exact."""
     installed = Installed()
-    apart = {id(module) for module in besides}
-    for module in network.modules():
-        plain = type(module) is nn.Linear or (
-            type(module) is nn.Conv2d and module.padding_mode == "zeros"
-        )
-        if plain and id(module) not in apart:
-            assert isinstance(module, nn.Linear | nn.Conv2d)
-            installed.install(module, Exact(module))
+    for module in exact_layers(network):
+        installed.install(module, Exact(module))
     return installed

@@ -74,9 +74,10 @@ def test_fused_layers_change_nothing_but_roundings(base: Base) -> None:
     inputs = torch.randn(2, 9, 4, 4), torch.tensor([500, 20]), torch.randn(2, 77, 16)
     plain = base.unet(*inputs).sample
     installed = install_fusion(base.unet)
-    # Each of the eight residual blocks; of each of the four transformers the norm, the way out, the
-    # block, both attentions and the gates; and the last norm and activation of all.
-    assert len(installed.methods) == 8 + 6 * 4 + 2
+    # The timestep's embedding; each of the eight residual blocks; of each of the four transformers
+    # the norm, the way out, the block, both attentions and the gates; and the last norm and
+    # activation of all.
+    assert len(installed.methods) == 1 + 8 + 6 * 4 + 2
     torch.testing.assert_close(base.unet(*inputs).sample, plain, rtol=1e-4, atol=1e-4)
     installed.release()
     assert torch.equal(base.unet(*inputs).sample, plain)

@@ -10,9 +10,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import nn
 
-from service.engine.layers import Exact, PartedLayer, Parting, Parts, PiecewiseBlock
+from service.engine.layers import Exact, Parts
 
 LAYERS = {
     "linear": (lambda: nn.Linear(24, 40), (5, 24)),
@@ -25,8 +25,8 @@ LAYERS = {
 
 @pytest.mark.parametrize("kind", LAYERS)
 @torch.no_grad()
-def test_every_part_is_computed_with_its_own_weight(kind: str) -> None:
-    """As the plain layer would with that weight; and to the bit as it would be alone."""
+def test_a_layer_computes_with_any_weight_and_each_sample_as_if_it_were_alone(kind: str) -> None:
+    """As the plain layer would with that weight; the samples to the bit."""
     make, shape = LAYERS[kind]
     torch.manual_seed(0)
     layers = [make() for _ in range(3)]
@@ -34,18 +34,29 @@ def test_every_part_is_computed_with_its_own_weight(kind: str) -> None:
         layer.load_state_dict({**layers[0].state_dict(), "weight": layer.weight})
     exact = Exact(layers[0])
     x = torch.randn(6, *shape)
-    exact.own(x)
-    prepared = [[exact.pack(layer.weight)] for layer in layers]
-    parting = Parting()
-    layer = PartedLayer(exact, parting, 0)
-    with parting.by(Parts((1, 4, 6), (prepared[1], None, prepared[2]))):
-        mixed = layer(x)
-    for start, stop, of in ((0, 1, 1), (1, 4, 0), (4, 6, 2)):
-        torch.testing.assert_close(mixed[start:stop], layers[of](x[start:stop]))
-        for k in range(start, stop):
-            with parting.by(Parts(weights=(prepared[of],))):
-                assert torch.equal(layer(x[k : k + 1])[0], mixed[k])
-    torch.testing.assert_close(layer(x), layers[0](x))
+    assert torch.equal(exact(x), exact.compute(x, exact.own(x).for_samples(6)))
+    for layer in layers:
+        packed = exact.pack(layer.weight)
+        together = exact.compute(x, packed.for_samples(6))
+        torch.testing.assert_close(together, layer(x))
+        for k in range(6):
+            alone = exact.compute(x[k : k + 1], packed.for_samples(1))
+            assert torch.equal(alone[0], together[k])
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@torch.no_grad()
+def test_layers_side_by_side_are_each_of_them(bias: bool) -> None:
+    """Also after one of them was written to."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(24, out, bias=bias) for out in (40, 8, 24)]
+    exact = Exact(*layers)
+    x = torch.randn(2, 20, 24)
+    for _ in range(2):
+        outcomes = exact(x).split(exact.out_sizes, dim=-1)
+        for layer, outcome in zip(layers, outcomes, strict=True):
+            torch.testing.assert_close(outcome, layer(x))
+        layers[1].weight.add_(1)
 
 
 @torch.no_grad()
@@ -65,7 +76,7 @@ def test_a_weight_is_packed_once_for_each_form_that_is_wanted(
     assert weight.for_samples(4) is even
     assert weight.for_samples(3) is odd
     assert torch.equal(even.to_dense(), layer.weight)
-    torch.testing.assert_close(exact.compute(x, weight), layer(x))
+    torch.testing.assert_close(exact.compute(x, weight.for_samples(4)), layer(x))
     assert weight.versions == 0
 
 
@@ -127,11 +138,11 @@ def test_a_share_of_a_batch_keeps_every_samples_weights(
     stop = data.draw(st.integers(start + 1, len(whole)))
     share = parts.between(start, stop)
     assert _owners(share, stop - start) == whole[start:stop]
-    pieces = list(share.pieces(stop - start, 2))
+    pieces = list(share.pieces(stop - start, 4))
     assert [k for first, last, _ in pieces for k in range(first, last)] == list(range(stop - start))
-    assert all(last - first <= 2 and len(piece.weights) == 1 for first, last, piece in pieces)
+    assert all(last - first <= 4 for first, last, _ in pieces)
     assert [
-        owner for first, last, piece in pieces for owner in _owners(piece, last - first)
+        int(weights[0]) for first, last, weights in pieces for _ in range(first, last)
     ] == whole[start:stop]
 
 
@@ -141,23 +152,3 @@ def _owners(parts: Parts, count: int) -> list[int]:
         assert weights is not None
         owners += [int(weights[0])] * size
     return owners
-
-
-def test_a_block_in_pieces_is_the_block() -> None:
-    """Its layers see the weights of the piece, and the parting is afterwards what it was."""
-    parting = Parting()
-    seen: list[tuple[int, object]] = []
-
-    def double(x: Tensor) -> Tensor:
-        seen.append((len(x), parting.parts.weights[0]))
-        return 2 * x
-
-    block = PiecewiseBlock(double, parting, 2)
-    first, second = [torch.ones(1)], [torch.zeros(1)]
-    parts = Parts((3, 4), (first, second))
-    x = torch.arange(4.0)[:, None]
-    with parting.by(parts):
-        assert torch.equal(block(x), 2 * x)
-        assert parting.parts is parts
-    assert seen == [(2, first), (1, first), (1, second)]
-    assert torch.equal(block(x[:1]), 2 * x[:1])

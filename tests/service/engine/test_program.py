@@ -1,0 +1,208 @@
+"""The network as a program: what Python would compute, to the bit, with whoever's weights."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from realfill.base import Base
+from service.engine import program
+from service.engine.fused import FusedWeights
+from service.engine.layers import Exact
+from service.engine.program import Given, GivenLayer, JoinedLayers, PartedNetwork, Programs
+from service.engine.weights import Part
+from tests.tiny import tiny_adapter, tiny_base
+
+
+@pytest.fixture(scope="module")
+def base() -> Base:
+    """A base whose deepest pictures have four pixels, fewer rows than are computed at once."""
+    return tiny_base()
+
+
+def _inputs(base: Base, samples: int, *, side: int = 4, length: int = 77) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(samples)
+    width = int(base.unet.config.cross_attention_dim)
+    channels = int(base.unet.config.in_channels)
+    return (
+        torch.randn(samples, channels, side, side, generator=generator),
+        torch.randint(1000, (samples,), generator=generator),
+        torch.randn(samples, length, width, generator=generator),
+    )
+
+
+def _network(base: Base) -> PartedNetwork:
+    network = vars(base.unet)["forward"]
+    assert isinstance(network, PartedNetwork)
+    return network
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("length", [3, 77])
+@pytest.mark.parametrize("side", [4, 6])
+def test_a_program_computes_what_python_does_for_any_number_of_samples(
+    base: Base, side: int, length: int
+) -> None:
+    """To the bit, with one scene's weights and then with another's; prompts may be short."""
+    weights = FusedWeights(base.unet, base.adapter_modules, budget_bytes=2**30)
+    plain = base.unet.__class__.forward
+    try:
+        network = _network(base)
+        digests = ["a" * 64, "b" * 64]
+        for seed, digest in enumerate(digests):
+            weights.take(digest, tiny_adapter(base, seed=seed))
+        for samples in (3, 1, 4, 2):
+            x, timesteps, prompts = _inputs(base, samples, side=side, length=length)
+            of_scenes = []
+            for digest in digests:
+                weights.apply([Part(digest, samples)])
+                outcome = base.unet(x, timesteps, prompts, return_dict=False)[0]
+                chosen = network.parting.parts.weights[0]
+                by_python = network.programs.by_python(
+                    x, timesteps, prompts, *network.weights_of(chosen, samples)
+                )
+                assert torch.equal(outcome, by_python)
+                assert torch.equal(
+                    base.unet(x[:1], timesteps[:1], prompts[:1]).sample[0], outcome[0]
+                )
+                of_scenes.append(outcome)
+            assert not torch.allclose(*of_scenes)
+    finally:
+        weights.release()
+    assert base.unet.forward.__func__ is plain
+
+
+@torch.no_grad()
+def test_the_base_by_itself_is_diffusers_within_rounding(base: Base) -> None:
+    """With several pieces, a timestep that is one for all, and joined layers."""
+    x, _, prompts = _inputs(base, 7)
+    timestep = torch.tensor(500)
+    expected = base.unet(x, timestep, encoder_hidden_states=prompts).sample
+    weights = FusedWeights(base.unet, base.adapter_modules, budget_bytes=2**30)
+    try:
+        outcome = base.unet(x, timestep, encoder_hidden_states=prompts).sample
+        layers = weights._layers
+    finally:
+        weights.release()
+    torch.testing.assert_close(outcome, expected, rtol=1e-4, atol=1e-5)
+    joined = [len(layer.modules) for layer in layers if len(layer.modules) > 1]
+    attentions = sum(name.endswith("attn1") for name, _ in base.unet.named_modules())
+    # Queries, keys and values; all keys and values of prompts; the timestep for every block.
+    assert sorted(joined) == sorted([*[3] * attentions, 2 * attentions, len(_residual(base))])
+    assert torch.equal(base.unet(x, timestep, encoder_hidden_states=prompts).sample, expected)
+
+
+def _residual(base: Base) -> list[str]:
+    return [name for name, _ in base.unet.named_modules() if name.endswith("time_emb_proj")]
+
+
+class Doubling:
+    """A network of one layer that counts its calls."""
+
+    def __init__(self, given: Given) -> None:
+        self.layer = GivenLayer(Exact(nn.Linear(8, 8)), given, 0)
+        self.calls = 0
+
+    def __call__(self, x: Tensor, timesteps: Tensor, prompts: Tensor) -> Tensor:
+        """Of rows. [N, 8]"""
+        self.calls += 1
+        outcome: Tensor = self.layer(x)
+        return outcome
+
+
+def _of_ones(layer: GivenLayer, samples: int) -> Sequence[Tensor]:
+    return [layer.exact.pack(torch.ones(8, 8)).for_samples(samples)]
+
+
+@torch.no_grad()
+def test_threads_that_ask_at_once_get_one_program() -> None:
+    """Python is run for it twice: to see the sizes, and to write it down."""
+    given = Given()
+    network = Doubling(given)
+    programs = Programs(network, given)
+    barrier = threading.Barrier(4)
+    outcomes = []
+
+    def ask() -> None:
+        x = torch.ones(2, 8)
+        barrier.wait()
+        with torch.no_grad():
+            run = programs.run(x, x, x, lambda samples: _of_ones(network.layer, samples))
+        outcomes.append(run)
+
+    threads = [threading.Thread(target=ask) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert network.calls == 2
+    bias = network.layer.exact.module.bias
+    assert bias is not None
+    for outcome in outcomes:
+        torch.testing.assert_close(outcome, 8 + bias.expand(2, 8))
+
+
+@torch.no_grad()
+def test_sizes_beyond_the_most_are_run_by_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are computed all the same."""
+    monkeypatch.setattr(program, "MOST_PROGRAMS", 1)
+    given = Given()
+    network = Doubling(given)
+    programs = Programs(network, given)
+    for length, calls in ((1, 2), (1, 2), (2, 3), (2, 4), (1, 4)):
+        x = torch.ones(1, length, 8)
+        programs.run(x, x, x, lambda samples: _of_ones(network.layer, samples))
+        assert network.calls == calls
+
+
+@torch.no_grad()
+def test_a_network_that_cannot_be_traced_is_run_by_python(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """And the log says why."""
+    given = Given()
+    network = Doubling(given)
+
+    def untraceable(x: Tensor, timesteps: Tensor, prompts: Tensor) -> Tensor:
+        if torch._C._get_tracing_state() is not None:
+            raise RuntimeError("no program of this")
+        return network(x, timesteps, prompts)
+
+    programs = Programs(untraceable, given)
+    x = torch.ones(1, 8)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            programs.run(x, x, x, lambda samples: _of_ones(network.layer, samples))
+    assert network.calls == 3
+    assert [record.message for record in caplog.records] == [
+        "the U-Net cannot be made a program, Python runs it: no program of this"
+    ]
+
+
+@torch.no_grad()
+def test_layers_that_read_alike_are_computed_once_and_others_for_themselves() -> None:
+    """Which they are says the tensor, not its values; nothing is kept from call to call."""
+    layers = [nn.Linear(8, size) for size in (4, 6)]
+    exact = Exact(*layers)
+    asked: list[Tensor] = []
+
+    def computed(x: Tensor) -> Tensor:
+        asked.append(x)
+        return exact(x)
+
+    joined = JoinedLayers(computed, exact.out_sizes)
+    x, other = torch.randn(2, 8), torch.randn(2, 8)
+    for place, layer in enumerate(layers):
+        torch.testing.assert_close(joined.outcome(place, x), layer(x))
+    assert len(asked) == 1
+    torch.testing.assert_close(joined.outcome(1, other), layers[1](other))
+    torch.testing.assert_close(joined.outcome(0, x), layers[0](x))
+    assert len(asked) == 3
+    joined.forget()
+    joined.outcome(0, x)
+    assert len(asked) == 4
