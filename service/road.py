@@ -107,9 +107,7 @@ class Road:
         self._guard = guard or Guard()
         # Rankings compete with the lane for the device; one at a time bounds their memory.
         self._rank_lock = threading.Lock()
-        self._ahead: ThreadPoolExecutor | None = None
-        if _has_idle_cores(base):
-            self._ahead = ThreadPoolExecutor(SEAMS_AHEAD, "realfill-seam")
+        self._ahead = ThreadPoolExecutor(SEAMS_AHEAD, "realfill-seam")
         self._open = False
 
     @property
@@ -137,8 +135,7 @@ class Road:
         """End the lane within a step; what is in it is cancelled, and every claim given up."""
         self._open = False
         self.engine.close(drain=False)
-        if self._ahead is not None:
-            self._ahead.shutdown(wait=False)
+        self._ahead.shutdown(wait=False)
         self.leases.close()
 
     def let_go(self, digest: str) -> bool:
@@ -217,9 +214,7 @@ class Road:
         return Pending(found, plan, image, mask, window, job, future, seam)
 
     def _seam_ahead(self, mask: Tensor) -> Future[Seam] | None:
-        """What of a seam needs no sample, begun now if there are cores for it."""
-        if self._ahead is None:
-            return None
+        """What of a seam needs no sample, begun now: one sample keeps no two cores busy."""
         try:
             return self._ahead.submit(Seam, mask)
         except RuntimeError:
@@ -305,11 +300,6 @@ class Road:
         if kept is not None and len(kept) == len(photos):
             return kept
         return prepare_references(self.matcher, photos)
-
-
-def _has_idle_cores(base: Base) -> bool:
-    """Whether the lane leaves cores to others while it draws: on a CPU it takes them all."""
-    return base.device.type == "cuda"
 
 
 def _seamless(pending: Pending, samples: Tensor) -> Tensor:

@@ -104,22 +104,21 @@ def test_seams_are_removed_where_asked_for(road: Road, image: Tensor, mask: Tens
 
 
 def test_a_seam_made_while_the_lane_draws_is_the_same(
-    base: Base, tower: bytes, tmp_path: Path, image: Tensor, mask: Tensor,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    """Where cores are idle meanwhile, as beside a GPU; and a closed road makes none."""
-    plan, pictures = replace(PLAN, seamless=True), []
-    for idle in (False, True):
-        monkeypatch.setattr("service.road._has_idle_cores", lambda _, idle=idle: idle)
-        road = road_of(base, tmp_path / str(idle))
-        road.registry.publish(tower)
-        road.start()
-        pending = road.begin(road.look_up("tower"), image, mask, plan, threading.Event())
-        assert (pending.seam is not None) == idle
-        pictures.append(road.finish(pending, pending.future.result()).picture(0))
-        road.close()
-        assert road._seam_ahead(mask) is None
-    assert torch.equal(*pictures)
+    base: Base, tower: bytes, tmp_path: Path, image: Tensor, mask: Tensor
+) -> None:
+    """As one that is made afterwards; and a closed road makes none."""
+    road = road_of(base, tmp_path)
+    road.registry.publish(tower)
+    road.start()
+    plan = replace(PLAN, seamless=True)
+    pending = road.begin(road.look_up("tower"), image, mask, plan, threading.Event())
+    assert pending.seam is not None
+    sampled = pending.future.result()
+    ahead = road.finish(pending, sampled).picture(0)
+    afterwards = road.finish(replace(pending, seam=None), sampled).picture(0)
+    assert torch.equal(ahead, afterwards)
+    road.close()
+    assert road._seam_ahead(mask) is None
 
 
 def test_a_capsule_without_references_keeps_the_order_of_seeds(

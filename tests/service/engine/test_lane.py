@@ -273,7 +273,7 @@ def test_engine_whose_first_steps_fail_says_so_at_its_start(base: Base) -> None:
         raise RuntimeError("out of memory")
 
     engine = Engine(base)
-    hook = base.unet.conv_in.register_forward_pre_hook(out_of_memory)
+    hook = base.unet.register_forward_pre_hook(out_of_memory)
     try:
         with pytest.raises(EngineClosed, match="RuntimeError: out of memory"):
             engine.start()
