@@ -36,7 +36,8 @@ Application = Literal["auto", "fused", "segmented"]
 # Adapters that lie ready on the device, where nobody says otherwise.
 ARENA_BYTES = {"cpu": 2**30, "cuda": 2**32}
 # More samples of nano in one call were no quicker on two CPU cores in a trial: 169 ms a step for
-# sixteen in one, 158 ms in two, 179 ms in four. Only where their number does not change their bits.
+# sixteen in one, 158 ms in two, 179 ms in four. Only where their number does not change their bits;
+# fused weights go on to divide what they are given (``service.engine.program.AT_ONCE``).
 AT_ONCE = 8
 # Samples of one scene from which a call of their own is no slower than one with other scenes beside
 # them: before there was a crew, on two CPU cores with nano, two scenes of eight took 158 ms a step
