@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import resource
-import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import click
 import torch
 from rich.console import Console
 
 from benchmarks.engine import peers, swaps
+from benchmarks.engine.bench import Bench
 from benchmarks.engine.limits import flops_per_sample_step, peak_flops_per_s
 from benchmarks.engine.mixing import (
     Mixing,
@@ -24,11 +22,12 @@ from benchmarks.engine.mixing import (
     measure_waits,
     paper_like,
 )
+from benchmarks.engine.over_http import bench_requests, bench_service
 from benchmarks.engine.peers import measure_hotswap, measure_infer, measure_mixed
 from benchmarks.engine.rates import compare, compare_compiled, job_of, sample_steps_per_s
 from benchmarks.engine.swaps import measure_swaps
 from benchmarks.engine.timing import alone, idle_team, quantile, repeated
-from benchmarks.record import ROWS, Row, record, table_of
+from benchmarks.record import ROWS, Row, table_of
 from realfill.base import Base, load_base
 from realfill.errors import RealFillError
 from service.engine import Runner
@@ -40,31 +39,6 @@ RANKS = {"nano": 32}
 PAPER_RANK = 8
 PEAK = "a large matrix product in the same run"
 PERCENTS = (20, 50, 80, 99)
-
-
-@dataclass(frozen=True)
-class Bench:
-    """What is measured, how often, and where rows go.
-
-    Attributes:
-        repeats: Of everything that takes a second; quick things are repeated more often.
-        requests: To the service, for each image size.
-    """
-
-    base: Base
-    base_name: str
-    rank: int
-    batches: tuple[int, ...]
-    steps: int
-    samples: int
-    repeats: int
-    requests: int
-    rows: Path
-
-    def keep(self, name: str, value: float, unit: str, **details: Any) -> Row:
-        """Record a row under its name, or under its name on a GPU."""
-        on_cuda = self.base.device.type == "cuda"
-        return record(f"{name}.cuda" if on_cuda else name, value, unit, path=self.rows, **details)
 
 
 def bench_swap(bench: Bench) -> list[Row]:
@@ -285,33 +259,6 @@ def bench_infer(bench: Bench) -> list[Row]:
     return [bench.keep("engine.ratio_infer", ratio, "x", peer=infer.peer, ratio=ratio)]
 
 
-def bench_service(bench: Bench) -> list[Row]:
-    """What a request takes beyond its job on the engine."""
-    # It needs the whole service, the rest the engine alone.
-    from benchmarks.engine.service import PEER, measure_overhead
-
-    with tempfile.TemporaryDirectory(prefix="realfill-bench-") as folder:
-        overheads = measure_overhead(
-            bench.base, bench.base_name, Path(folder), requests=bench.requests, rank=bench.rank
-        )
-    rows = []
-    for image, overhead in overheads.items():
-        p50 = median(overhead.request_s) - median(overhead.engine_s)
-        name = "service.overhead_p50_ms" + ("" if image == "square" else f".{image}")
-        rows.append(bench.keep(name, 1000 * p50, "ms", better="lower", peer=PEER))
-        rows.append(
-            bench.keep(
-                f"service.request_p50_ms.{image}",
-                1000 * median(overhead.request_s),
-                "ms",
-                better="lower",
-                peer=PEER,
-                peer_value=1000 * median(overhead.engine_s),
-            )
-        )
-    return rows
-
-
 PARTS: dict[str, Callable[[Bench], list[Row]]] = {
     "swap": bench_swap,
     "rate": bench_rate,
@@ -321,6 +268,7 @@ PARTS: dict[str, Callable[[Bench], list[Row]]] = {
     "diffusers": bench_diffusers,
     "infer": bench_infer,
     "service": bench_service,
+    "e2e": bench_requests,
     "compiled": bench_compiled,
 }
 
@@ -337,6 +285,9 @@ PARTS: dict[str, Callable[[Bench], list[Row]]] = {
 @click.option("--largest", type=click.IntRange(min=2), default=16, help="Of the batches.")
 @click.option("--repeats", type=click.IntRange(min=1), default=9, show_default=True)
 @click.option("--requests", type=click.IntRange(min=1), default=40, show_default=True)
+@click.option(
+    "--matcher", default="nano", show_default=True, help="Of the part e2e, LoFTR's weights."
+)
 @click.option("--rows", type=click.Path(dir_okay=False, path_type=Path), default=ROWS)
 def main(
     base_name: str,
@@ -348,6 +299,7 @@ def main(
     largest: int,
     repeats: int,
     requests: int,
+    matcher: str,
     rows: Path,
 ) -> None:
     """Measure swap, engine and service on this machine, and record the rows."""
@@ -367,6 +319,7 @@ def main(
             samples=samples,
             repeats=repeats,
             requests=requests,
+            matcher=matcher,
             rows=rows,
         )
     except RealFillError as error:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
+from torch import Tensor
 
 from realfill.base import PROMPT, Base
 from realfill.capsule import Adapter, Capsule, CapsuleHeader, write_capsule
@@ -21,8 +24,16 @@ def random_adapter(base: Base, *, rank: int, seed: int, scale: float = 1.0) -> A
     return Adapter(factors, scale=scale)
 
 
-def random_capsule(base: Base, scene: str, *, rank: int, seed: int, scale: float = 1.0) -> bytes:
-    """A whole capsule of such an adapter, without references."""
+def random_capsule(
+    base: Base,
+    scene: str,
+    *,
+    rank: int,
+    seed: int,
+    scale: float = 1.0,
+    extras: Mapping[str, Tensor] | None = None,
+) -> bytes:
+    """A whole capsule of such an adapter; references and the like may be given as its extras."""
     header = CapsuleHeader(
         scene=scene,
         base=base.name,
@@ -43,6 +54,6 @@ def random_capsule(base: Base, scene: str, *, rank: int, seed: int, scale: float
             adapter=random_adapter(base, rank=rank, seed=seed, scale=scale),
             text_adapter=Adapter({}, scale=1.0),
             prompt_embedding=base.embed(PROMPT).detach().cpu().half(),
-            extras={},
+            extras=dict(extras or {}),
         )
     )

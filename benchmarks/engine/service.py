@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ from benchmarks.load.local import free_port, serving
 from realfill.base import Base
 from realfill.capsule import read_capsule
 from realfill.complete.compositing import crop, crop_mask, window_of
+from realfill.errors import RealFillError
 from realfill.nano.photographs import photograph
 from registry import Registry
 from service.client import Client
@@ -29,6 +31,7 @@ from service.engine import Engine, Job
 SCENE = "bench"
 PEER = "the same job (1 candidate, 1 step) on the engine, without HTTP, images and ranking"
 REST_S = 0.02
+LOG_LINES = 20
 SERVE = "from service.cli import serve; serve()"
 
 
@@ -59,33 +62,69 @@ def measure_overhead(
         By image: ``square`` of the base's size, and ``photo`` of 741x497 pixels.
     """
     capsule = alone(partial(random_capsule, base, SCENE, rank=rank, seed=0))
-    registry = Registry.open(folder / "registry")
-    digest = registry.publish(capsule).digest
-    registry.close()
-    port = free_port()
-    words = [sys.executable, "-c", SERVE, "--registry", str(folder / "registry")]
-    words += ["--port", str(port), "--base", base_name, "--device", base.device.type]
-    words += ["--matcher", "none"]
-    url = f"http://127.0.0.1:{port}"
-    photo, square = alone(partial(_pictures, base.size_px))
+    photo, square = alone(photo_of), alone(partial(square_of, base.size_px))
     overheads = {}
     with (
-        serving(words, url, log=folder / "server.log", start_s=start_s),
-        Client(url) as client,
+        served(base, base_name, folder, capsule, matcher="none", start_s=start_s) as (
+            client,
+            digest,
+        ),
         alone(partial(Engine, base)) as engine,
     ):
         # As in the server: the cores are the lane's.
         torch.set_num_threads(1)
         for name, picture in (("square", square), ("photo", photo)):
             request = _request(client, picture)
-            direct = _direct(engine, _job(base, capsule, digest, picture))
+            direct = _direct(engine, job_for(base, capsule, digest, picture))
             overheads[name] = _in_turns(request, direct, requests)
     return overheads
 
 
-def _pictures(size_px: int) -> tuple[Tensor, Tensor]:
-    photo = torch.tensor(photograph("motorcycle_right.png")).permute(2, 0, 1) / 255
-    return photo, crop(photo, window_of(_hole(photo), size_px), size_px)
+@contextmanager
+def served(
+    base: Base, base_name: str, folder: Path, capsule: bytes, *, matcher: str, start_s: float
+) -> Iterator[tuple[Client, str]]:
+    """The real server over a registry that holds one scene, for the length of the block.
+
+    Args:
+        base: What the server will load by ``base_name``, on the same kind of device.
+        folder: For the registry and the server's log.
+        matcher: As for ``load_matcher``, or none.
+        start_s: Longest to wait for the server.
+
+    Yields:
+        A client of it, and the capsule's digest.
+
+    Raises:
+        RuntimeError: It did not start, or refused a request; the end of its log is in the message.
+    """
+    registry = Registry.open(folder / "registry")
+    digest = registry.publish(capsule).digest
+    registry.close()
+    port = free_port()
+    words = [sys.executable, "-c", SERVE, "--registry", str(folder / "registry")]
+    words += ["--port", str(port), "--base", base_name, "--device", base.device.type]
+    words += ["--matcher", matcher]
+    url = f"http://127.0.0.1:{port}"
+    log = folder / "server.log"
+    try:
+        with serving(words, url, log=log, start_s=start_s), Client(url) as client:
+            yield client, digest
+    except (RuntimeError, RealFillError) as error:
+        # The folder goes with the measurement.
+        said = log.read_text(errors="replace").splitlines() if log.exists() else []
+        raise RuntimeError("\n".join([f"{error} It ends with:", *said[-LOG_LINES:]])) from error
+
+
+def photo_of() -> Tensor:
+    """A photograph of 741x497 pixels, in [0, 1]. [3, H, W]"""
+    return torch.tensor(photograph("motorcycle_right.png")).permute(2, 0, 1) / 255
+
+
+def square_of(size_px: int) -> Tensor:
+    """What of it a base of that size is shown. [3, S, S]"""
+    photo = photo_of()
+    return crop(photo, window_of(hole(photo), size_px), size_px)
 
 
 def _in_turns(
@@ -104,7 +143,7 @@ def _in_turns(
     return overhead
 
 
-def _hole(picture: Tensor) -> Tensor:
+def hole(picture: Tensor) -> Tensor:
     """The middle of a picture as a mask. [H, W]"""
     height, width = picture.shape[-2:]
     mask = torch.zeros(height, width)
@@ -112,8 +151,8 @@ def _hole(picture: Tensor) -> Tensor:
     return mask
 
 
-def _job(base: Base, capsule: bytes, digest: str, picture: Tensor) -> Job:
-    read, mask = read_capsule(capsule, base), _hole(picture)
+def job_for(base: Base, capsule: bytes, digest: str, picture: Tensor) -> Job:
+    read, mask = read_capsule(capsule, base), hole(picture)
     window = window_of(mask, base.size_px)
     return Job(
         digest=digest,
@@ -132,12 +171,12 @@ def _direct(engine: Engine, job: Job) -> Callable[[], object]:
 
 
 def _request(client: Client, picture: Tensor) -> Callable[[], object]:
-    image, mask = _png(picture), _png(_hole(picture).expand(3, -1, -1))
+    image, mask = png(picture), png(hole(picture).expand(3, -1, -1))
     fields = {"candidates": 1, "steps": 1, "seed": 0, "top": 1}
     return lambda: client.complete(SCENE, image, mask, **fields)
 
 
-def _png(pixels: Tensor) -> bytes:
+def png(pixels: Tensor) -> bytes:
     file = io.BytesIO()
     rounded = (pixels * 255).round().permute(1, 2, 0).numpy().astype(np.uint8)
     Image.fromarray(rounded).save(file, "PNG")

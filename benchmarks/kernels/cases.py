@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from benchmarks.kernels.contest import Case
 from kernels.add_layernorm import add_layernorm
+from kernels.add_residual import add_residual
 from kernels.geglu import geglu
 from kernels.groupnorm_silu import groupnorm_silu
 from kernels.merge_lora import merge_lora_
@@ -299,6 +300,22 @@ def add_layernorm_cases(maker: Maker) -> Iterator[Case]:
         )
 
 
+def add_residual_cases(maker: Maker) -> Iterator[Case]:
+    """What a residual block of each level ends with."""
+    for channels, side in maker.sizes.levels:
+
+        def inputs(channels: int = channels, side: int = side) -> tuple[Tensor, ...]:
+            bias = maker.draw(channels)
+            return maker.features(channels, side), maker.features(channels, side), bias
+
+        def peer(residual: Tensor, features: Tensor, bias: Tensor) -> Tensor:
+            return residual + (features + bias[:, None, None])
+
+        moved = 3 * maker.batch * channels * side * side + channels
+        name = f"c{channels}x{side}"
+        yield maker.case("add_residual", name, add_residual, peer, inputs, moved=moved, flops=0)
+
+
 def sampler_step_cases(maker: Maker) -> Iterator[Case]:
     """A step with history and noise, and the U-Net's next input."""
     sizes, (channels, side) = maker.sizes, maker.sizes.latents
@@ -334,5 +351,6 @@ CASES: dict[str, Callable[[Maker], Iterator[Case]]] = {
     "groupnorm_silu": groupnorm_silu_cases,
     "geglu": geglu_cases,
     "add_layernorm": add_layernorm_cases,
+    "add_residual": add_residual_cases,
     "sampler_step": sampler_step_cases,
 }

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.groupnorm_silu.reference import format_of
+from kernels.memory_format import format_of
 
 # Values that a program holds at a time, 32 for each thread of its warps.
 TILE = 8192

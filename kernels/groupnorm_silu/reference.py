@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kernels.memory_format import format_of
+
 
 def groupnorm_silu_reference(
     x: Tensor,
@@ -29,10 +31,3 @@ def groupnorm_silu_reference(
     if silu:
         F.silu(y, inplace=True)
     return y.to(x.dtype, memory_format=format_of(x))
-
-
-def format_of(x: Tensor) -> torch.memory_format:
-    """The memory format that the outcome for x has."""
-    if x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
-        return torch.channels_last
-    return torch.contiguous_format

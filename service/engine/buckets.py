@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from kernels.sampler_step import sampler_step_
 from realfill.base import Base
+from service.engine.prompts import TOLD, ProjectedPrompts, projected_prompts
 from service.engine.sample import Sample
 from service.engine.staging import pinned
 
@@ -33,14 +35,20 @@ class StaticStep:
         base: The resident model.
         size: Samples.
         attending: Makes the context that attention runs in.
+        prompts: What the U-Net reads of prompts, if it can be made ahead of the steps.
     """
 
     def __init__(
-        self, base: Base, size: int, attending: Callable[[], AbstractContextManager[None]]
+        self,
+        base: Base,
+        size: int,
+        attending: Callable[[], AbstractContextManager[None]],
+        prompts: ProjectedPrompts | None,
     ) -> None:
         self.size = size
         self._base = base
         self._attending = attending
+        self._prompts = prompts
         device, dtype, config = base.device, base.dtype, base.unet.config
         side, channels = base.size_px // base.cell_px, base.latent_channels
         width = int(config.cross_attention_dim)
@@ -54,14 +62,29 @@ class StaticStep:
             size, int(config.in_channels), side, side, device=device, dtype=dtype
         ).to(memory_format=self._layout)
         self.prompt = torch.zeros(size, 77, width, device=device, dtype=dtype)
+        self.projected = self.prompt
+        if prompts is not None:
+            self.projected = torch.zeros(size, 77, prompts.width, device=device, dtype=dtype)
         self.timesteps = torch.zeros(size, dtype=torch.long, device=device)
         self.rows = torch.zeros(size, 6, device=device)
         self._held: list[tuple[Sample, int]] = []
+        self._composition: int | None = None
 
-    def fill(self, samples: Sequence[Sample]) -> None:
-        """Bring samples in; what the step before left there is not copied again."""
+    def fill(self, samples: Sequence[Sample], composition: int) -> bool:
+        """Bring samples in; what the step before left there is not copied again.
+
+        Args:
+            samples: At most ``size``.
+            composition: Changes whenever the network's weights are composed anew.
+
+        Returns:
+            Whether prompts have to be projected before the step.
+        """
         count = len(samples)
-        if [(id(s), s.index) for s in samples] != [(id(s), k) for s, k in self._held]:
+        others = [(id(s), s.index) for s in samples] != [(id(s), k) for s, k in self._held]
+        anew = others or composition != self._composition
+        self._composition = composition
+        if others:
             self.latents[:count] = torch.stack([s.latents for s in samples])
             self.history[:count] = torch.stack([s.history for s in samples])
             self.known[:count] = torch.stack([s.told.known for s in samples])
@@ -75,12 +98,22 @@ class StaticStep:
         if any(s.told.table.stochastic for s in samples):
             self._copy(torch.stack([s.noise() for s in samples]), self.noise)
         self._held = [(sample, sample.index + 1) for sample in samples]
+        return anew and self._prompts is not None
+
+    def project(self) -> None:
+        """What the U-Net reads of the prompts, by the weights as they are composed."""
+        if self._prompts is not None:
+            self._prompts.project(self.prompt, self.projected)
 
     def compute(self) -> None:
         """The U-Net and the sampler, from buffers to buffers; packs the U-Net's next input."""
         with self._attending():
             prediction = self._base.unet(
-                self.packed, self.timesteps, encoder_hidden_states=self.prompt, return_dict=False
+                self.packed,
+                self.timesteps,
+                encoder_hidden_states=self.projected,
+                return_dict=False,
+                **({} if self._prompts is None else TOLD),
             )[0]
         sampler_step_(
             self.latents,
@@ -103,8 +136,21 @@ class StaticStep:
         self._held = []
 
 
+@dataclass(frozen=True)
+class Graphs:
+    """A static step in one mode, as it was captured: its prompts, and the rest of it."""
+
+    project: torch.cuda.CUDAGraph
+    compute: torch.cuda.CUDAGraph
+
+
 class Buckets:
     """Static steps by batch size, captured once per mode on CUDA.
+
+    Args:
+        base: The resident model, fused.
+        most: Samples of the largest bucket.
+        attending: Makes the context that attention runs in.
 
     Attributes:
         captures: Graphs captured so far; constant after the warm-up.
@@ -116,8 +162,9 @@ class Buckets:
         self.captures = 0
         self._on_cuda = base.device.type == "cuda"
         self._sizes = bucket_sizes(most)
-        self._steps = {size: StaticStep(base, size, attending) for size in self._sizes}
-        self._graphs: dict[tuple[int, Mode], torch.cuda.CUDAGraph] = {}
+        prompts = projected_prompts(base.unet)
+        self._steps = {size: StaticStep(base, size, attending, prompts) for size in self._sizes}
+        self._graphs: dict[tuple[int, Mode], Graphs] = {}
         if self._on_cuda:
             # One stream for warm-ups and captures: what libraries keep for a stream is kept once.
             self._aside = torch.cuda.Stream(base.device)
@@ -128,19 +175,30 @@ class Buckets:
         """The smallest bucket that holds so many samples."""
         return next(size for size in self._sizes if size >= count)
 
-    def advance(self, samples: Sequence[Sample], mode: Mode) -> tuple[Tensor, Tensor]:
-        """The next latents and the predicted x0 of every sample. [N, C, h, w] twice, float32"""
+    def advance(
+        self, samples: Sequence[Sample], mode: Mode, composition: int
+    ) -> tuple[Tensor, Tensor]:
+        """Step some samples.
+
+        Args:
+            samples: At most as many as the largest bucket holds.
+            mode: That the network is composed in.
+            composition: Of the network, as ``Weights.writes`` counts them.
+
+        Returns:
+            The next latents and the predicted x0 of every sample. [N, C, h, w] twice, float32
+        """
         step = self._steps[self.size_for(len(samples))]
-        step.fill(samples)
+        if self._on_cuda and (step.size, mode) not in self._graphs:
+            self._capture(step, mode)
+            step.forget()
+        project, compute = step.project, step.compute
         if self._on_cuda:
-            key = (step.size, mode)
-            if key not in self._graphs:
-                self._capture(step, mode)
-                step.forget()
-                step.fill(samples)
-            self._graphs[key].replay()
-        else:
-            step.compute()
+            graphs = self._graphs[step.size, mode]
+            project, compute = graphs.project.replay, graphs.compute.replay
+        if step.fill(samples, composition):
+            project()
+        compute()
         count = len(samples)
         return step.latents[:count].clone(), step.history[:count].clone()
 
@@ -158,21 +216,23 @@ class Buckets:
             self._steps[size].forget()
 
     def _capture(self, step: StaticStep, mode: Mode) -> None:
-        """Record what ``compute`` launches; the buffers are garbage afterwards."""
+        """Record what a step launches; the buffers are garbage afterwards."""
         aside, device = self._aside, step.latents.device
         aside.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(aside):
             for _ in range(WARM_UPS):
+                step.project()
                 step.compute()
         torch.cuda.current_stream(device).wait_stream(aside)
-        graph = torch.cuda.CUDAGraph()
-        # Other threads bring adapters meanwhile: what they ask of the device is no part of it.
-        with torch.cuda.graph(
-            graph, pool=self._pool, stream=aside, capture_error_mode="thread_local"
-        ):
-            step.compute()
-        self._graphs[step.size, mode] = graph
-        self.captures += 1
+        graphs = Graphs(torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph())
+        for graph, work in ((graphs.project, step.project), (graphs.compute, step.compute)):
+            # Other threads bring adapters meanwhile: what they ask of the device is no part of it.
+            with torch.cuda.graph(
+                graph, pool=self._pool, stream=aside, capture_error_mode="thread_local"
+            ):
+                work()
+            self.captures += 1
+        self._graphs[step.size, mode] = graphs
 
     def release(self) -> None:
         """Give the device's memory back; no step can be made afterwards."""

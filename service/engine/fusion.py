@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kernels.add_layernorm import add_layernorm
+from kernels.add_residual import add_residual
 from kernels.geglu import geglu
 from kernels.groupnorm_silu import groupnorm_silu
 from service.engine.layers import Installed
@@ -50,8 +51,9 @@ def already_done(x: Tensor) -> Tensor:
 class FusedPictures:
     """A residual block that writes its features down only where a convolution reads or makes them.
 
-    The timestep and the bias of the first convolution, which torch adds in passes of their own, are
-    added where the second norm reads. A division by a factor of 1 is left out.
+    What torch adds in passes of their own is added where something reads anyway: the timestep and
+    the bias of the first convolution by the second norm, the biases of the others by the addition
+    that ends the block. A division by a factor of 1 is left out.
 
     Attributes:
         activated: Whether the timestep's embedding comes with its SiLU already done.
@@ -67,15 +69,22 @@ class FusedPictures:
         done = self.activated or block.skip_time_act
         added = block.time_emb_proj(temb if done else F.silu(temb))
         hidden = FusedNorm(block.norm2)(hidden, added if bias is None else added + bias)
-        hidden = block.conv2(block.dropout(hidden))
-        kept = features if block.conv_shortcut is None else block.conv_shortcut(features)
-        summed: Tensor = kept + hidden
+        hidden, bias = _convolved(block.conv2, block.dropout(hidden))
+        kept = features
+        if block.conv_shortcut is not None:
+            kept, of_kept = _convolved(block.conv_shortcut, features)
+            if bias is not None and of_kept is not None:
+                # In float32: one of them in half precision would be rounded once more.
+                bias = bias.float() + of_kept
+            elif bias is None:
+                bias = of_kept
+        summed = kept + hidden if bias is None else add_residual(kept, hidden, bias)
         factor = block.output_scale_factor
         return summed if factor == 1 else summed / factor
 
 
 def _convolved(layer: nn.Conv2d, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """A convolution, and the bias that is still to be added: none where the layer goes another way.
+    """A convolution, and the bias that is still to be added: none where the layer adds it itself.
 
     Returns:
         [N, C, H, W] and [C]
@@ -128,38 +137,69 @@ def _added_and_normed(
     return add_layernorm(residual, addend, norm.weight, norm.bias, norm.eps)
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where in prompts that are projected already the keys and values of one layer lie.
+
+    Attributes:
+        keys: First channel of them.
+        values: First channel of them, which stand behind the keys.
+        stop: The channel behind the last value.
+    """
+
+    keys: int
+    values: int
+    stop: int
+
+    def taken_from(self, projected: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values, as views. [N, K, D] to [N, K, C] twice"""
+        return projected[..., self.keys : self.values], projected[..., self.values : self.stop]
+
+
 @dataclass
 class PlainAttention:
-    """Attention as SD2 has it, without the division of its outcome by 1."""
+    """Attention as SD2 has it, without the division of its outcome by 1.
+
+    Attributes:
+        place: Where in projected prompts its own part is, if it ever takes any.
+    """
 
     attention: Attention
+    place: Place | None = None
 
     def __call__(
         self,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        *,
+        projected: bool = False,
         **options: Any,
     ) -> Tensor:
-        """Tokens that attended to tokens, or to prompts. [N, L, C] and [N, K, D] to [N, L, C]"""
+        """Tokens that attended to tokens, or to prompts. [N, L, C] and [N, K, D] to [N, L, C]
+
+        ``projected`` says that the prompts are keys and values already.
+        """
         attention = self.attention
         if attention_mask is not None:
             own = partial(Attention.forward, attention)
             masked: Tensor = own(hidden_states, encoder_hidden_states, attention_mask, **options)
             return masked
-        seen = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        query = attention.to_q(hidden_states)
+        if projected and encoder_hidden_states is not None:
+            assert self.place is not None
+            key, value = self.place.taken_from(encoder_hidden_states)
+        else:
+            seen = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+            key, value = attention.to_k(seen), attention.to_v(seen)
         query, key, value = (
-            layer(tokens).unflatten(-1, (attention.heads, -1)).transpose(1, 2)
-            for layer, tokens in (
-                (attention.to_q, hidden_states),
-                (attention.to_k, seen),
-                (attention.to_v, seen),
-            )
+            tokens.unflatten(-1, (attention.heads, -1)).transpose(1, 2)
+            for tokens in (query, key, value)
         )
         attended = F.scaled_dot_product_attention(query, key, value)
         out, dropout = attention.to_out
-        projected: Tensor = dropout(out(attended.transpose(1, 2).flatten(2)))
-        return projected
+        outcome: Tensor = dropout(out(attended.transpose(1, 2).flatten(2)))
+        return outcome
 
 
 @dataclass

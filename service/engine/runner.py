@@ -224,7 +224,7 @@ class Runner:
     def _advance(self, samples: Sequence[Sample]) -> None:
         """One U-Net call on the weights as they are composed."""
         if self.buckets is not None:
-            outcome = self.buckets.advance(samples, self.weights.mode)
+            outcome = self.buckets.advance(samples, self.weights.mode, self.weights.writes)
         else:
             outcome = self._predict(samples)
         _take_in(samples, outcome)

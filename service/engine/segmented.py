@@ -273,6 +273,8 @@ class SegmentedWeights:
         merged = slots[0].staged if alone and slots[0] is not None else None
         if not self._swapper.is_sound():
             self._swapper.commit(merged)
+            # Nothing that was made by them counts as made.
+            self._current = ()
             raise SpoiltWeights(
                 "weights of the U-Net were written from elsewhere; what they drew was dropped, "
                 "send the request again"

@@ -142,6 +142,23 @@ def test_the_overhead_is_measured_on_a_real_server(tmp_path: Path) -> None:
     assert rows["service.request_p50_ms.photo"].ratio is not None
 
 
+@pytest.mark.slow
+@NUMPY
+def test_whole_requests_are_measured_on_a_real_server(tmp_path: Path) -> None:
+    """Ranked by a matcher, beside both peers, and by stage."""
+    words = ["--base", str(save_tiny_base(tmp_path / "base")), "--rows", str(tmp_path / "rows")]
+    words += ["--part", "e2e", "--samples", "2", "--steps", "2", "--repeats", "2", "--rank", "2"]
+    answer = CliRunner().invoke(main, words, catch_exceptions=False)
+    assert answer.exit_code == 0, answer.output
+    rows = {row.name: row for row in read_rows(tmp_path / "rows")}
+    assert rows["e2e.p50_s.2x2"].peer_value is not None
+    assert rows["e2e.rank_p50_ms.2x2"].value > 0
+    stages = ("read", "sample", "decode", "rank", "encode")
+    total = sum(rows[f"e2e.{stage}_p50_ms.2x2"].value for stage in stages)
+    assert total < 1.2 * 1000 * rows["e2e.p50_s.2x2"].value
+    assert rows["e2e.ratio_infer.2x2"].value > rows["e2e.ratio_batched.2x2"].value
+
+
 def test_random_adapters_differ_by_seed() -> None:
     """Swapping between two of them writes every weight anew."""
     base = tiny_base()

@@ -1,0 +1,37 @@
+"""What the parts of the engine's benchmark share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.record import Row, record
+from realfill.base import Base
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What is measured, how often, and where rows go.
+
+    Attributes:
+        repeats: Of everything that takes a second; quick things are repeated more often.
+        requests: To the service, for each image size.
+        matcher: That whole requests are ranked with.
+    """
+
+    base: Base
+    base_name: str
+    rank: int
+    batches: tuple[int, ...]
+    steps: int
+    samples: int
+    repeats: int
+    requests: int
+    matcher: str
+    rows: Path
+
+    def keep(self, name: str, value: float, unit: str, **details: Any) -> Row:
+        """Record a row under its name, or under its name on a GPU."""
+        on_cuda = self.base.device.type == "cuda"
+        return record(f"{name}.cuda" if on_cuda else name, value, unit, path=self.rows, **details)
