@@ -21,9 +21,12 @@ STATISTICS_WARPS = 4
 # Most channels side by side in a tile, unless a group alone has more, and how many a thread reads.
 LANES = 256
 VECTOR = 8
-# Pixels that a program goes through at least, and in how many chunks an image is divided at most.
+# Pixels that a program goes through at least, and in how many chunks an image is divided at most:
+# a U-Net's features, and a decoder's large ones, of which few samples come at once.
 CHUNK_PIXELS = 64
 CHUNKS = 32
+LARGE_PIXELS = 2**16
+LARGE_CHUNKS = 128
 
 
 @triton.jit
@@ -263,7 +266,8 @@ def tiling(channels: int, groups: int, n_pixels: int) -> dict[str, int]:
 
     span = min(spans, key=lanes)
     block = triton.next_power_of_2(span)
-    chunk = max(CHUNK_PIXELS, triton.next_power_of_2(triton.cdiv(n_pixels, CHUNKS)))
+    most = CHUNKS if n_pixels < LARGE_PIXELS else LARGE_CHUNKS
+    chunk = max(CHUNK_PIXELS, triton.next_power_of_2(triton.cdiv(n_pixels, most)))
     return {
         "CHUNK": chunk,
         "PIXELS": min(max(1, TILE // block), chunk),

@@ -62,13 +62,16 @@ class FusedPictures:
     block: ResnetBlock2D
     activated: bool = False
 
-    def __call__(self, features: Tensor, temb: Tensor, *_: Any, **__: Any) -> Tensor:
-        """Features, given the timestep's embedding. [N, C, H, W] and [N, D]"""
+    def __call__(self, features: Tensor, temb: Tensor | None, *_: Any, **__: Any) -> Tensor:
+        """Features, given the timestep's embedding if there is one. [N, C, H, W] and [N, D]"""
         block = self.block
         hidden, bias = _convolved(block.conv1, FusedNorm(block.norm1)(features))
-        done = self.activated or block.skip_time_act
-        added = block.time_emb_proj(temb if done else F.silu(temb))
-        hidden = FusedNorm(block.norm2)(hidden, added if bias is None else added + bias)
+        added = None if bias is None else bias.expand(len(features), -1)
+        if temb is not None and block.time_emb_proj is not None:
+            done = self.activated or block.skip_time_act
+            of_time = block.time_emb_proj(temb if done else F.silu(temb))
+            added = of_time if bias is None else of_time + bias
+        hidden = FusedNorm(block.norm2)(hidden, added)
         hidden, bias = _convolved(block.conv2, block.dropout(hidden))
         kept = features
         if block.conv_shortcut is not None:
@@ -269,7 +272,7 @@ def install_fusion(unet: UNet2DConditionModel) -> Installed:
     if activated:
         installed.install(unet.time_embedding, ActivatedTimes(unet.time_embedding))
     for block in unet.modules():
-        if isinstance(block, ResnetBlock2D) and _is_plain_resnet(block):
+        if isinstance(block, ResnetBlock2D) and _is_plain_resnet(block) and _adds_time(block):
             installed.install(block, FusedPictures(block, activated))
         if isinstance(block, Transformer2DModel) and isinstance(block.norm, nn.GroupNorm):
             installed.install(block.norm, FusedNorm(block.norm, silu=False))
@@ -280,21 +283,47 @@ def install_fusion(unet: UNet2DConditionModel) -> Installed:
             installed.install(block, PlainAttention(block))
         if isinstance(block, GEGLU):
             installed.install(block, FusedGates(block))
-    if isinstance(unet.conv_norm_out, nn.GroupNorm) and isinstance(unet.conv_act, nn.SiLU):
-        installed.install(unet.conv_norm_out, FusedNorm(unet.conv_norm_out))
-        installed.install(unet.conv_act, already_done)
+    _fuse_last_norm(unet, installed)
     return installed
 
 
+def install_picture_fusion(autoencoder: nn.Module) -> Installed:
+    """Let the residual blocks of an autoencoder move fewer bytes, until they are released.
+
+    As those of a U-Net, without timesteps. Blocks of other kinds than SD2's stay as they are.
+    """
+    installed = Installed()
+    for block in autoencoder.modules():
+        timeless = isinstance(block, ResnetBlock2D) and block.time_emb_proj is None
+        if timeless and _is_plain_resnet(block):
+            installed.install(block, FusedPictures(block))
+        _fuse_last_norm(block, installed)
+    return installed
+
+
+def _fuse_last_norm(network: nn.Module, installed: Installed) -> None:
+    """The norm and the activation before the last convolution, where there are such."""
+    norm, act = (getattr(network, name, None) for name in ("conv_norm_out", "conv_act"))
+    if isinstance(norm, nn.GroupNorm) and isinstance(act, nn.SiLU):
+        installed.install(norm, FusedNorm(norm))
+        installed.install(act, already_done)
+
+
 def _is_plain_resnet(block: ResnetBlock2D) -> bool:
-    """Whether a residual block adds the timestep, and keeps the size of its pictures."""
+    """Whether a residual block has norms and a SiLU, and keeps the size of its pictures."""
     return (
-        block.time_embedding_norm == "default"
-        and block.time_emb_proj is not None
+        # Those that scale and shift by the timestep are of another kind; "group" is a decoder's.
+        block.time_embedding_norm in ("default", "group")
+        and all(type(norm) is nn.GroupNorm for norm in (block.norm1, block.norm2))
         and block.upsample is None
         and block.downsample is None
         and isinstance(block.nonlinearity, nn.SiLU)
     )
+
+
+def _adds_time(block: ResnetBlock2D) -> bool:
+    """Whether a residual block adds the timestep's embedding."""
+    return block.time_emb_proj is not None and block.time_embedding_norm == "default"
 
 
 def _times_are_plain(unet: UNet2DConditionModel) -> bool:
@@ -302,7 +331,8 @@ def _times_are_plain(unet: UNet2DConditionModel) -> bool:
     blocks = [block for block in unet.modules() if isinstance(block, ResnetBlock2D)]
     besides = (unet.class_embedding, unet.time_embed_act, unet.config.addition_embed_type)
     return all(one is None for one in besides) and all(
-        _is_plain_resnet(block) and not block.skip_time_act for block in blocks
+        _is_plain_resnet(block) and _adds_time(block) and not block.skip_time_act
+        for block in blocks
     )
 
 

@@ -21,7 +21,7 @@ from service.engine.attention import Attention, choose_attention, xformers_obsta
 from service.engine.buckets import Buckets
 from service.engine.cores import Crew, crew_for
 from service.engine.fused import FusedWeights
-from service.engine.fusion import install_fusion
+from service.engine.fusion import install_fusion, install_picture_fusion
 from service.engine.job import Job, Sampled
 from service.engine.layers import Installed, is_exact
 from service.engine.moment import CudaMoment, HostMoment, Moment
@@ -110,7 +110,7 @@ class Runner:
         static = base.device.type == "cuda" if static is None else static
         if static:
             # Before anybody remembers where weights lie and in which order.
-            base.unet.to(memory_format=_layout(base))
+            _lay_out(base)
         by_crew = application == "fused" and not static
         self._crew = crew_for(torch.get_num_threads()) if by_crew else None
         if split_from is None and self._crew is None:
@@ -121,9 +121,9 @@ class Runner:
         )
         self._samplers: dict[tuple[str, int], Sampler] = {}
         self.buckets: Buckets | None = None
-        self._fused_norms = Installed()
+        self._fused: list[Installed] = []
         if static:
-            self._fused_norms = install_fusion(base.unet)
+            self._fused = [install_fusion(base.unet), install_picture_fusion(base.autoencoder)]
             self.buckets = Buckets(base, max_samples, self._attending)
         if exact:
             self._show_sizes()
@@ -282,7 +282,7 @@ class Runner:
         size = min(self._decode_samples, len(latents))
         filled = [*latents, *[latents[-1]] * (-len(latents) % size)]
         batches = [torch.stack(filled[k : k + size]) for k in range(0, len(filled), size)]
-        return torch.cat([self.base.decode(batch) for batch in batches])[: len(latents)]
+        return torch.cat([self.base.decode(b) for b in batches])[: len(latents)].contiguous()
 
     def run(self, job: Job) -> Sampled:
         """One job by itself, from conditions to images, without a lane.
@@ -337,7 +337,8 @@ class Runner:
         if self.buckets is not None:
             # Not left to the garbage collector: gigabytes of graphs may hang on a cycle.
             self.buckets.release()
-        self._fused_norms.release()
+        for installed in self._fused:
+            installed.release()
         self.weights.release()
 
     def synchronize(self) -> None:
@@ -357,10 +358,8 @@ class Runner:
 
     def _attending(self) -> AbstractContextManager[None]:
         """Attention by cuDNN, where that was asked for."""
-        if self.attention == "cudnn":
-            chosen: AbstractContextManager[None] = sdpa_kernel(SDPBackend.CUDNN_ATTENTION)
-            return chosen
-        return nullcontext()
+        by_cudnn = self.attention == "cudnn"
+        return sdpa_kernel(SDPBackend.CUDNN_ATTENTION) if by_cudnn else nullcontext()
 
     def _sampler(self, name: str, steps: int) -> Sampler:
         key = (name, steps)
@@ -393,6 +392,8 @@ def _stop_if(cancel: threading.Event) -> None:
         raise Cancelled("the job was cancelled; send the request again if it is still wanted")
 
 
-def _layout(base: Base) -> torch.memory_format:
-    """How convolutions read best on the base's device."""
-    return torch.channels_last if base.device.type == "cuda" else torch.contiguous_format
+def _lay_out(base: Base) -> None:
+    """Let weights lie as convolutions read best on the base's device."""
+    on_cuda = base.device.type == "cuda"
+    for network in (base.unet, base.autoencoder):
+        network.to(memory_format=torch.channels_last if on_cuda else torch.contiguous_format)

@@ -12,7 +12,13 @@ from diffusers.models.attention_processor import Attention, AttnProcessor
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
-from service.engine.fusion import FusedPictures, FusedResiduals, PlainAttention, install_fusion
+from service.engine.fusion import (
+    FusedPictures,
+    FusedResiduals,
+    PlainAttention,
+    install_fusion,
+    install_picture_fusion,
+)
 from tests.tiny import tiny_base
 
 
@@ -107,6 +113,27 @@ def test_what_is_of_another_kind_stays_as_it_is() -> None:
     assert [module for module in kept if "forward" in vars(module)] == []
     assert "forward" in vars(blocks[0])
     installed.release()
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_fused_autoencoder_gives_what_it_gave(layout: torch.memory_format) -> None:
+    """Ways in and out; released, to the bit."""
+    autoencoder = drawn(tiny_base().autoencoder).to(memory_format=layout)
+    pictures, latents = draw(1, 2, 3, 32, 32), draw(2, 2, 4, 4, 4)
+    encoded = autoencoder.encode(pictures).latent_dist.mode()
+    decoded = autoencoder.decode(latents).sample
+    blocks = [module for module in autoencoder.modules() if isinstance(module, ResnetBlock2D)]
+    installed = install_picture_fusion(autoencoder)
+    # The last norm and activation of both halves besides.
+    assert len(installed.methods) == len(blocks) + 4
+    for ours, theirs in (
+        (autoencoder.encode(pictures).latent_dist.mode(), encoded),
+        (autoencoder.decode(latents).sample, decoded),
+    ):
+        scale = float(theirs.abs().max())
+        torch.testing.assert_close(ours / scale, theirs / scale, rtol=0, atol=1e-5)
+    installed.release()
+    assert torch.equal(autoencoder.decode(latents).sample, decoded)
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
