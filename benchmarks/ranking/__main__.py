@@ -11,6 +11,7 @@ from typing import Any
 import click
 import torch
 from rich.console import Console
+from torch import Tensor
 
 from benchmarks.engine.timing import quantile, repeated
 from benchmarks.ranking import peer
@@ -64,8 +65,18 @@ def ranker(bench: Bench, matcher: Matcher) -> Callable[[], Ranking]:
     return lambda: rank_candidates(matcher, bench.seen.candidates, bench.seen.mask, references)
 
 
+def agree(ours: Tensor, theirs: Tensor, device: torch.device) -> bool:
+    """Whether counts are equal; on a GPU, but for one in a hundred, or a single one.
+
+    Its libraries choose convolutions by the number of pictures, and a confidence on the threshold
+    may fall to either side of it.
+    """
+    allowed = (0.01 * theirs).clamp(min=1) if device.type == "cuda" else torch.zeros(())
+    return bool(((ours - theirs).abs() <= allowed).all())
+
+
 def bench_speed(bench: Bench) -> list[Row]:
-    """Ours, in both programs, and the peer's, in turns; refuses unless counts are equal.
+    """Ours, in both programs, and the peer's, in turns; refuses unless counts agree.
 
     Raises:
         RuntimeError: Counts differ, so that timing them means nothing.
@@ -76,7 +87,7 @@ def bench_speed(bench: Bench) -> list[Row]:
     for matcher in filter(None, (bench.torch_matcher, bench.onnx_matcher)):
         rank = ranker(bench, matcher)
         mine = rank().per_reference.cpu()
-        if not torch.equal(mine, truth):
+        if not agree(mine, truth, bench.device):
             raise RuntimeError(
                 f"{matcher.name} counts {mine.tolist()}, kornia {truth.tolist()}: mend the matcher "
                 "before it is timed"

@@ -21,6 +21,9 @@ STATISTICS_WARPS = 4
 # Most channels side by side in a tile, unless a group alone has more, and how many a thread reads.
 LANES = 256
 VECTOR = 8
+# Fewest channels side by side, where there are so many: 128 bytes of half precision, which memory
+# brings together anyway.
+FEWEST_LANES = 64
 # Pixels that a program goes through at least, and in how many chunks an image is divided at most:
 # a U-Net's features, and a decoder's large ones, of which few samples come at once.
 CHUNK_PIXELS = 64
@@ -254,12 +257,15 @@ def tiling(channels: int, groups: int, n_pixels: int) -> dict[str, int]:
     """Sizes of chunks and tiles, which depend on one sample's shape alone.
 
     A span is the channels side by side of a tile: whole groups, and beginning where a thread can
-    read its channels at once. Of those the one that leaves the fewest lanes idle is taken.
+    read its channels at once. Of those that are wide enough the one that leaves the fewest lanes
+    idle is taken.
     """
     group = channels // groups
     unit = math.lcm(group, VECTOR)
     unit = unit if unit <= LANES else group
-    spans = range(unit, max(unit, LANES) + 1, unit)
+    widest = max(unit, LANES)
+    fewest = min(channels, FEWEST_LANES, widest)
+    spans = [span for span in range(unit, widest + 1, unit) if span >= fewest]
 
     def lanes(span: int) -> int:
         return triton.cdiv(channels, span) * triton.next_power_of_2(span)

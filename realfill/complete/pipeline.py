@@ -6,7 +6,7 @@ queues.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -50,7 +50,13 @@ def complete(
     return base.decode(latents)
 
 
-def conditions(base: Base, target: Tensor, mask: Tensor) -> Tensor:
+def conditions(
+    base: Base,
+    target: Tensor,
+    mask: Tensor,
+    *,
+    encode: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
     """What the U-Net is told of the target: its mask and what remains of it.
 
     The encoder's posterior is not sampled, so no seed's noise depends on it.
@@ -59,6 +65,7 @@ def conditions(base: Base, target: Tensor, mask: Tensor) -> Tensor:
         base: The model that encodes.
         target: Window in [0, 1]. [3, S, S]
         mask: 1 where pixels are missing, else 0. [S, S]
+        encode: How latents are made of a picture; None for the base's own way.
 
     Returns:
         [1, 1 + C, h, w]
@@ -66,7 +73,8 @@ def conditions(base: Base, target: Tensor, mask: Tensor) -> Tensor:
     target, mask = target.to(base.device).float(), mask.to(base.device).float()
     masked = target * (1 - mask) + MISSING * mask
     cells = latent_mask(mask, base.cell_px)[None, None]
-    return torch.cat([cells.to(base.dtype), base.encode(masked[None])], dim=1)
+    latents = (encode or base.encode)(masked[None])
+    return torch.cat([cells.to(base.dtype), latents], dim=1)
 
 
 def denoise(

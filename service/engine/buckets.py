@@ -4,21 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from kernels.sampler_step import sampler_step_
 from realfill.base import Base
+from service.engine.captures import Captures
 from service.engine.prompts import TOLD, ProjectedPrompts, projected_prompts
 from service.engine.sample import Sample
 from service.engine.staging import pinned
 
 # What a step ran on: the rank classes beside the weights, none where an adapter is merged.
 Mode = tuple[int, ...]
-# Runs before a capture, in which libraries choose algorithms and allocate.
-WARM_UPS = 3
 
 
 def bucket_sizes(most: int) -> tuple[int, ...]:
@@ -136,14 +134,6 @@ class StaticStep:
         self._held = []
 
 
-@dataclass(frozen=True)
-class Graphs:
-    """A static step in one mode, as it was captured: its prompts, and the rest of it."""
-
-    project: torch.cuda.CUDAGraph
-    compute: torch.cuda.CUDAGraph
-
-
 class Buckets:
     """Static steps by batch size, captured once per mode on CUDA.
 
@@ -151,25 +141,27 @@ class Buckets:
         base: The resident model, fused.
         most: Samples of the largest bucket.
         attending: Makes the context that attention runs in.
-
-    Attributes:
-        captures: Graphs captured so far; constant after the warm-up.
+        captures: Of the model's device.
     """
 
     def __init__(
-        self, base: Base, most: int, attending: Callable[[], AbstractContextManager[None]]
+        self,
+        base: Base,
+        most: int,
+        attending: Callable[[], AbstractContextManager[None]],
+        captures: Captures,
     ) -> None:
-        self.captures = 0
-        self._on_cuda = base.device.type == "cuda"
+        self._captures = captures
         self._sizes = bucket_sizes(most)
         prompts = projected_prompts(base.unet)
         self._steps = {size: StaticStep(base, size, attending, prompts) for size in self._sizes}
-        self._graphs: dict[tuple[int, Mode], Graphs] = {}
-        if self._on_cuda:
-            # One stream for warm-ups and captures: what libraries keep for a stream is kept once.
-            self._aside = torch.cuda.Stream(base.device)
-            # One pool: no two graphs run at once, and what they leave lies in the buffers.
-            self._pool = torch.cuda.graph_pool_handle()
+        # What projects the prompts, and what does the rest of a step.
+        self._ways: dict[tuple[int, Mode], tuple[Callable[[], None], Callable[[], None]]] = {}
+
+    @property
+    def captures(self) -> int:
+        """Graphs captured so far on the device; constant after the warm-up."""
+        return self._captures.count
 
     def size_for(self, count: int) -> int:
         """The smallest bucket that holds so many samples."""
@@ -188,18 +180,12 @@ class Buckets:
         Returns:
             The next latents and the predicted x0 of every sample. [N, C, h, w] twice, float32
         """
-        step = self._steps[self.size_for(len(samples))]
-        if self._on_cuda and (step.size, mode) not in self._graphs:
-            self._capture(step, mode)
-            step.forget()
-        project, compute = step.project, step.compute
-        if self._on_cuda:
-            graphs = self._graphs[step.size, mode]
-            project, compute = graphs.project.replay, graphs.compute.replay
+        size, count = self.size_for(len(samples)), len(samples)
+        project, compute = self._ways_of(size, mode)
+        step = self._steps[size]
         if step.fill(samples, composition):
             project()
         compute()
-        count = len(samples)
         return step.latents[:count].clone(), step.history[:count].clone()
 
     def warm_up(self, mode: Mode, room: Callable[[int], None]) -> None:
@@ -211,32 +197,21 @@ class Buckets:
         """
         for size in self._sizes:
             room(size)
-            if self._on_cuda and (size, mode) not in self._graphs:
-                self._capture(self._steps[size], mode)
-            self._steps[size].forget()
+            self._ways_of(size, mode)
 
-    def _capture(self, step: StaticStep, mode: Mode) -> None:
-        """Record what a step launches; the buffers are garbage afterwards."""
-        aside, device = self._aside, step.latents.device
-        aside.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(aside):
-            for _ in range(WARM_UPS):
-                step.project()
-                step.compute()
-        torch.cuda.current_stream(device).wait_stream(aside)
-        graphs = Graphs(torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph())
-        for graph, work in ((graphs.project, step.project), (graphs.compute, step.compute)):
-            # Other threads bring adapters meanwhile: what they ask of the device is no part of it.
-            with torch.cuda.graph(
-                graph, pool=self._pool, stream=aside, capture_error_mode="thread_local"
-            ):
-                work()
-            self.captures += 1
-        self._graphs[step.size, mode] = graphs
+    def _ways_of(self, size: int, mode: Mode) -> tuple[Callable[[], None], Callable[[], None]]:
+        """How a step of this size and mode is made; the first time, its buffers are forgotten."""
+        if (size, mode) not in self._ways:
+            step = self._steps[size]
+            self._ways[size, mode] = (
+                self._captures.of(step.project),
+                self._captures.of(step.compute),
+            )
+            step.forget()
+        return self._ways[size, mode]
 
     def release(self) -> None:
         """Give the device's memory back; no step can be made afterwards."""
-        if self._on_cuda:
-            torch.cuda.synchronize(self._aside.device)
-        self._graphs.clear()
+        self._captures.finish()
+        self._ways.clear()
         self._steps.clear()

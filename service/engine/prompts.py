@@ -10,7 +10,7 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
-from service.engine.fusion import FusedResiduals, Place, PlainAttention
+from service.engine.token_blocks import FusedResiduals, Place, PlainAttention
 
 # Goes with the tensor to the U-Net.
 TOLD = {"cross_attention_kwargs": {"projected": True}}

@@ -19,12 +19,14 @@ from realfill.complete.pipeline import conditions
 from realfill.complete.samplers import Sampler, advance, noise_for, sampler
 from service.engine.attention import Attention, choose_attention, xformers_obstacle
 from service.engine.buckets import Buckets
+from service.engine.captures import Captures
 from service.engine.cores import Crew, crew_for
 from service.engine.fused import FusedWeights
 from service.engine.fusion import install_fusion, install_picture_fusion
 from service.engine.job import Job, Sampled
 from service.engine.layers import Installed, is_exact
 from service.engine.moment import CudaMoment, HostMoment, Moment
+from service.engine.pictures import LoosePictures, Pictures, StaticPictures
 from service.engine.sample import Conditions, Sample
 from service.engine.segmented import SegmentedWeights
 from service.engine.staging import pinned
@@ -96,8 +98,6 @@ class Runner:
             base.unet.enable_xformers_memory_efficient_attention()
         exact = is_exact(base.device, base.dtype)
         self._at_once = min(AT_ONCE, max_samples) if exact else max_samples
-        # Several samples in one call of the autoencoder round by their number.
-        self._decode_samples = 1 if exact else 4
         if application == "auto":
             application = "fused" if exact else "segmented"
         if application == "fused" and not exact:
@@ -121,10 +121,13 @@ class Runner:
         )
         self._samplers: dict[tuple[str, int], Sampler] = {}
         self.buckets: Buckets | None = None
+        self._pictures: Pictures = LoosePictures(base, one_by_one=exact)
         self._fused: list[Installed] = []
         if static:
             self._fused = [install_fusion(base.unet), install_picture_fusion(base.autoencoder)]
-            self.buckets = Buckets(base, max_samples, self._attending)
+            captures = Captures(base.device)
+            self.buckets = Buckets(base, max_samples, self._attending, captures)
+            self._pictures = StaticPictures(base, captures)
         if exact:
             self._show_sizes()
         if exact and self._crew is not None:
@@ -158,6 +161,7 @@ class Runner:
         Args:
             ranks: Of the adapters that are to share batches.
         """
+        self._pictures.warm_up()
         if self.buckets is None:
             return
         self.buckets.warm_up((), lambda size: self.weights.apply([Part(None, size)], size))
@@ -182,8 +186,9 @@ class Runner:
     @torch.no_grad()
     def begin(self, job: Job) -> list[Sample]:
         """Encode a job's conditions and draw the noise that its samples start from."""
+        target, mask = self._sent(job.target), self._sent(job.mask)
         told = Conditions(
-            known=conditions(self.base, self._sent(job.target), self._sent(job.mask))[0],
+            known=conditions(self.base, target, mask, encode=self._pictures.encode)[0],
             prompt=self._sent(job.prompt_embedding.to(self.base.dtype)),
             table=self._sampler(job.sampler, job.steps),
         )
@@ -271,18 +276,8 @@ class Runner:
 
     @torch.no_grad()
     def decode(self, latents: Sequence[Tensor]) -> Tensor:
-        """Images in [0, 1] of latents, a few at a time, so that their number does not show.
-
-        Args:
-            latents: One or more. [C, h, w] each
-
-        Returns:
-            [N, 3, S, S]
-        """
-        size = min(self._decode_samples, len(latents))
-        filled = [*latents, *[latents[-1]] * (-len(latents) % size)]
-        batches = [torch.stack(filled[k : k + size]) for k in range(0, len(filled), size)]
-        return torch.cat([self.base.decode(b) for b in batches])[: len(latents)].contiguous()
+        """Images in [0, 1] of one or more latents. [C, h, w] each to [N, 3, S, S]"""
+        return self._pictures.decode(latents)
 
     def run(self, job: Job) -> Sampled:
         """One job by itself, from conditions to images, without a lane.
@@ -337,6 +332,7 @@ class Runner:
         if self.buckets is not None:
             # Not left to the garbage collector: gigabytes of graphs may hang on a cycle.
             self.buckets.release()
+        self._pictures.release()
         for installed in self._fused:
             installed.release()
         self.weights.release()

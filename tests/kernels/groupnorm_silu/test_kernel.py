@@ -140,10 +140,11 @@ def test_what_is_added_in_the_interpreter(memory_format: torch.memory_format, si
 
 
 @pytest.mark.parametrize(
-    ("channels", "span"), [(320, 120), (640, 120), (960, 120), (1920, 120), (2560, 240)]
+    ("channels", "span"),
+    [(128, 64), (256, 64), (320, 120), (512, 64), (640, 120), (960, 120), (1920, 120), (2560, 240)],
 )
 def test_a_span_is_whole_groups_that_begin_on_sixteen_bytes(channels: int, span: int) -> None:
-    """Of half precision, in all of SD2's sizes, with few lanes idle."""
+    """Of half precision, in all of SD2's sizes, with few lanes idle, and never a narrow strip."""
     from kernels.groupnorm_silu.kernel import tiling
 
     tile = tiling(channels, 32, 4096)

@@ -11,7 +11,8 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from realfill.base import Base
 from service.engine import Engine
 from service.engine.buckets import bucket_sizes
-from service.engine.fusion import KeptLayout, install_fusion
+from service.engine.fusion import install_fusion
+from service.engine.picture_blocks import KeptLayout
 from service.engine.runner import Application, Runner
 from tests.service.engine.test_lane import WAIT_S
 from tests.service.engine.test_lane import job_for as lane_job
@@ -75,9 +76,9 @@ def test_fused_layers_change_nothing_but_roundings(base: Base) -> None:
     plain = base.unet(*inputs).sample
     installed = install_fusion(base.unet)
     # The timestep's embedding; each of the eight residual blocks; of each of the four transformers
-    # the norm, the way out, the block, both attentions and the gates; and the last norm and
-    # activation of all.
-    assert len(installed.methods) == 1 + 8 + 6 * 4 + 2
+    # the norm, the way out, the block, both attentions and the gates; what doubles; and the last
+    # norm and activation of all.
+    assert len(installed.methods) == 1 + 8 + 6 * 4 + 1 + 2
     torch.testing.assert_close(base.unet(*inputs).sample, plain, rtol=1e-4, atol=1e-4)
     installed.release()
     assert torch.equal(base.unet(*inputs).sample, plain)
@@ -118,7 +119,8 @@ def test_nothing_is_captured_after_the_warm_up() -> None:
         buckets = engine.runner.buckets
         assert buckets is not None
         captured = buckets.captures
-        assert captured == 2 * len(bucket_sizes(16))
+        # With merged weights and with slots, prompts and the rest; and pictures, both ways.
+        assert captured == 2 * 2 * len(bucket_sizes(16)) + 2
         jobs = [
             dataclasses.replace(
                 lane_job(base, seeds=tuple(range(k + 1)), steps=3 + k),

@@ -10,15 +10,13 @@ import torch
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention, AttnProcessor
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
+from torch.nn import functional
 
-from service.engine.fusion import (
-    FusedPictures,
-    FusedResiduals,
-    PlainAttention,
-    install_fusion,
-    install_picture_fusion,
-)
+from service.engine.fusion import install_fusion, install_picture_fusion
+from service.engine.picture_blocks import DoubledPictures, FusedPictures, doubled
+from service.engine.token_blocks import FusedResiduals, PlainAttention
 from tests.tiny import tiny_base
 
 
@@ -124,8 +122,9 @@ def test_a_fused_autoencoder_gives_what_it_gave(layout: torch.memory_format) -> 
     decoded = autoencoder.decode(latents).sample
     blocks = [module for module in autoencoder.modules() if isinstance(module, ResnetBlock2D)]
     installed = install_picture_fusion(autoencoder)
+    upsamplers = [module for module in autoencoder.modules() if isinstance(module, Upsample2D)]
     # The last norm and activation of both halves besides.
-    assert len(installed.methods) == len(blocks) + 4
+    assert len(installed.methods) == len(blocks) + len(upsamplers) + 4
     for ours, theirs in (
         (autoencoder.encode(pictures).latent_dist.mode(), encoded),
         (autoencoder.decode(latents).sample, decoded),
@@ -134,6 +133,29 @@ def test_a_fused_autoencoder_gives_what_it_gave(layout: torch.memory_format) -> 
         torch.testing.assert_close(ours / scale, theirs / scale, rtol=0, atol=1e-5)
     installed.release()
     assert torch.equal(autoencoder.decode(latents).sample, decoded)
+
+
+@pytest.mark.parametrize("channels", [8, 6, 3])
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_doubled_pictures_are_nearest_neighbours(channels: int, kind: torch.dtype) -> None:
+    """Whatever pieces they are copied in, and laid out as convolutions read."""
+    for layout in (torch.contiguous_format, torch.channels_last):
+        features = draw(1, 2, channels, 3, 5).to(kind).contiguous(memory_format=layout)
+        ours = doubled(features)
+        assert torch.equal(ours, functional.interpolate(features, scale_factor=2.0, mode="nearest"))
+        assert ours.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.gpu
+def test_pictures_are_doubled_on_a_gpu_as_diffusers_does_it() -> None:
+    """With its convolution; another size than twice goes diffusers' way."""
+    layer = drawn(Upsample2D(8, use_conv=True)).to("cuda")
+    features = draw(1, 2, 8, 3, 5).to("cuda").contiguous(memory_format=torch.channels_last)
+    for size in (None, (7, 11)):
+        wanted = layer(features, size)
+        torch.testing.assert_close(
+            DoubledPictures(layer)(features, size), wanted, rtol=1e-3, atol=1e-3
+        )
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

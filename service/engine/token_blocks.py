@@ -1,0 +1,135 @@
+"""Blocks of tokens whose small operations are joined with their neighbours."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from diffusers.models.activations import GEGLU
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import Attention
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kernels.add_layernorm import add_layernorm
+from kernels.geglu import geglu
+
+
+@dataclass
+class FusedResiduals:
+    """A transformer block whose additions are joined with the layer norms behind them."""
+
+    block: BasicTransformerBlock
+
+    def __call__(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        timestep: Tensor | None = None,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        class_labels: Tensor | None = None,
+        added_cond_kwargs: dict[str, Tensor] | None = None,
+    ) -> Tensor:
+        """Tokens. [N, L, C]"""
+        block, options = self.block, cross_attention_kwargs or {}
+        prompts = encoder_hidden_states
+        summed, normed = _added_and_normed(block.norm1, hidden_states, None)
+        attended = block.attn1(
+            normed,
+            encoder_hidden_states=prompts if block.only_cross_attention else None,
+            attention_mask=attention_mask,
+            **options,
+        )
+        summed, normed = _added_and_normed(block.norm2, summed, attended)
+        attended = block.attn2(
+            normed, encoder_hidden_states=prompts, attention_mask=encoder_attention_mask, **options
+        )
+        summed, normed = _added_and_normed(block.norm3, summed, attended)
+        fed: Tensor = block.ff(normed)
+        return fed + summed
+
+
+def _added_and_normed(
+    norm: nn.LayerNorm, residual: Tensor, addend: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """residual + addend, and its norm. [N, L, C] each"""
+    return add_layernorm(residual, addend, norm.weight, norm.bias, norm.eps)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in prompts that are projected already the keys and values of one layer lie.
+
+    Attributes:
+        keys: First channel of them.
+        values: First channel of them, which stand behind the keys.
+        stop: The channel behind the last value.
+    """
+
+    keys: int
+    values: int
+    stop: int
+
+    def taken_from(self, projected: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values, as views. [N, K, D] to [N, K, C] twice"""
+        return projected[..., self.keys : self.values], projected[..., self.values : self.stop]
+
+
+@dataclass
+class PlainAttention:
+    """Attention as SD2 has it, without the division of its outcome by 1.
+
+    Attributes:
+        place: Where in projected prompts its own part is, if it ever takes any.
+    """
+
+    attention: Attention
+    place: Place | None = None
+
+    def __call__(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        projected: bool = False,
+        **options: Any,
+    ) -> Tensor:
+        """Tokens that attended to tokens, or to prompts. [N, L, C] and [N, K, D] to [N, L, C]
+
+        ``projected`` says that the prompts are keys and values already.
+        """
+        attention = self.attention
+        if attention_mask is not None:
+            own = partial(Attention.forward, attention)
+            masked: Tensor = own(hidden_states, encoder_hidden_states, attention_mask, **options)
+            return masked
+        query = attention.to_q(hidden_states)
+        if projected and encoder_hidden_states is not None:
+            assert self.place is not None
+            key, value = self.place.taken_from(encoder_hidden_states)
+        else:
+            seen = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+            key, value = attention.to_k(seen), attention.to_v(seen)
+        query, key, value = (
+            tokens.unflatten(-1, (attention.heads, -1)).transpose(1, 2)
+            for tokens in (query, key, value)
+        )
+        attended = F.scaled_dot_product_attention(query, key, value)
+        out, dropout = attention.to_out
+        outcome: Tensor = dropout(out(attended.transpose(1, 2).flatten(2)))
+        return outcome
+
+
+@dataclass
+class FusedGates:
+    """A feed-forward's first half, whose gates are opened in one pass over what it projects."""
+
+    layer: GEGLU
+
+    def __call__(self, hidden_states: Tensor) -> Tensor:
+        """Features times the GELU of their gates. [N, L, C] to [N, L, H]"""
+        return geglu(self.layer.proj(hidden_states))
