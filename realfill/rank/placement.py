@@ -73,8 +73,9 @@ def _off(frame: Tensor, shift: Tensor, weight: Tensor) -> Tensor:
     weighted = (frame * weight[..., None]).transpose(-1, -2)
     normal = (weighted @ frame).double()
     stiff = STIFFNESS * torch.eye(3, dtype=normal.dtype, device=normal.device)
-    # Nothing is assumed of the shift, but it stays determined where nothing matches.
-    stiff[0, 0] = 1e-9
+    # Nothing is assumed of the shift, but it stays determined where nothing matches. Filled: to
+    # assign a number is to copy it from the host, which waits.
+    stiff[0, 0].fill_(1e-9)
     solved = _inverse(normal + stiff) @ (weighted @ shift).double()
     return (shift - frame @ solved.to(frame)).norm(dim=-1)
 

@@ -62,7 +62,7 @@ class StaticStep:
         self.prompt = torch.zeros(size, 77, width, device=device, dtype=dtype)
         self.projected = self.prompt
         if prompts is not None:
-            self.projected = torch.zeros(size, 77, prompts.width, device=device, dtype=dtype)
+            self.projected = torch.zeros(prompts.width, size, 77, device=device, dtype=dtype)
         self.timesteps = torch.zeros(size, dtype=torch.long, device=device)
         self.rows = torch.zeros(size, 6, device=device)
         self._held: list[tuple[Sample, int]] = []

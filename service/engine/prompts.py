@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention
@@ -17,7 +16,7 @@ TOLD = {"cross_attention_kwargs": {"projected": True}}
 
 
 class ProjectedPrompts:
-    """What all cross attention of a fused U-Net takes of its prompts, side by side in one tensor.
+    """What all cross attention of a fused U-Net takes of its prompts, layer by layer in one tensor.
 
     The U-Net takes that tensor in the place of its prompts when it is ``TOLD`` so.
 
@@ -25,26 +24,28 @@ class ProjectedPrompts:
         layers: Attention that reads prompts, as the U-Net computes it.
 
     Attributes:
-        width: Channels of the tensor.
+        width: Channels of all keys and values.
     """
 
     def __init__(self, layers: Sequence[PlainAttention]) -> None:
         self._layers = layers
         self.width = 0
         for layer in layers:
-            keys, values = self.width, self.width + layer.attention.to_k.out_features
-            self.width = values + layer.attention.to_v.out_features
-            layer.place = Place(keys, values, self.width)
+            layer.place = Place(self.width, layer.attention.to_k.out_features)
+            self.width += 2 * layer.place.width
 
     def project(self, prompts: Tensor, out: Tensor) -> None:
         """Write keys and values of each sample's prompt, by the weights as they are composed.
 
         Args:
             prompts: [N, K, D]
-            out: [N, K, width]
+            out: Laid out as only ``Place`` knows. [width, N, K]
         """
-        both = ((layer.attention.to_k, layer.attention.to_v) for layer in self._layers)
-        torch.cat([to(prompts) for pair in both for to in pair], dim=-1, out=out)
+        for layer in self._layers:
+            assert layer.place is not None
+            keys, values = layer.place.of(out)
+            keys.copy_(layer.attention.to_k(prompts))
+            values.copy_(layer.attention.to_v(prompts))
 
 
 def projected_prompts(unet: UNet2DConditionModel) -> ProjectedPrompts | None:

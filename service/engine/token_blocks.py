@@ -61,21 +61,25 @@ def _added_and_normed(
 
 @dataclass(frozen=True)
 class Place:
-    """Where in prompts that are projected already the keys and values of one layer lie.
+    """Where in prompts that are projected already one layer's keys and values lie.
+
+    Each lies in one piece, as a layer of its own would leave it; attention is slower over strips of
+    a tensor that all layers share.
 
     Attributes:
-        keys: First channel of them.
-        values: First channel of them, which stand behind the keys.
-        stop: The channel behind the last value.
+        first: Channel that the keys begin with, of those of all layers one behind the other.
+        width: Channels of the keys, and of the values behind them.
     """
 
-    keys: int
-    values: int
-    stop: int
+    first: int
+    width: int
 
-    def taken_from(self, projected: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values, as views. [N, K, D] to [N, K, C] twice"""
-        return projected[..., self.keys : self.values], projected[..., self.values : self.stop]
+    def of(self, projected: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values, as views. [W, N, K] to [N, K, C] twice"""
+        _, samples, tokens = projected.shape
+        both = projected[self.first : self.first + 2 * self.width]
+        keys, values = both.view(2, samples, tokens, self.width).unbind()
+        return keys, values
 
 
 @dataclass
@@ -110,7 +114,7 @@ class PlainAttention:
         query = attention.to_q(hidden_states)
         if projected and encoder_hidden_states is not None:
             assert self.place is not None
-            key, value = self.place.taken_from(encoder_hidden_states)
+            key, value = self.place.of(encoder_hidden_states)
         else:
             seen = hidden_states if encoder_hidden_states is None else encoder_hidden_states
             key, value = attention.to_k(seen), attention.to_v(seen)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import onnxruntime
 import pytest
 import torch
 from kornia.feature.loftr.loftr import default_cfg
@@ -156,6 +157,10 @@ def test_missing_cuda_libraries_are_answered() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(
+    "CUDAExecutionProvider" not in onnxruntime.get_available_providers(),
+    reason="ONNX Runtime is not that for GPUs here",
+)
 @torch.no_grad()
 def test_cuda_provider_finds_what_torch_finds() -> None:
     """On the device's memory, through IO binding."""

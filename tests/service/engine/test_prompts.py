@@ -40,7 +40,7 @@ def test_a_unet_predicts_the_same_by_projected_prompts() -> None:
     inputs = torch.randn(3, 9, 4, 4), torch.tensor([500, 20, 3])
     prompts = torch.randn(3, 77, 16)
     plain = unet(*inputs, prompts).sample
-    kept = torch.full((3, 77, projected.width), torch.nan)
+    kept = torch.full((projected.width, 3, 77), torch.nan)
     projected.project(prompts, kept)
     assert torch.equal(unet(*inputs, kept, **TOLD).sample, plain)
     installed.release()
