@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from realfill.capsule import Capsule
-from realfill.complete.compositing import Window, composite, patch
+from realfill.complete.compositing import Blend, Patch, Window
 from realfill.complete.seam import Seam
 from realfill.photographs import to_bytes, to_pixels
 from realfill.rank import Ranking, Verdict, draw_correspondences, judge
@@ -50,12 +50,33 @@ class Found:
 
 
 @dataclass(frozen=True)
-class Pending:
-    """A completion on its way through the lane.
+class Ahead:
+    """What of a completion needs no sample: made while they are drawn.
 
     Attributes:
-        seam: Made while the samples are drawn; None where it is made afterwards.
+        seam: None where none is asked for.
+        blend: Of what is ranked; None where nothing is.
+        patch: Of the image that the answer shows.
     """
+
+    seam: Seam | None
+    blend: Blend | None
+    patch: Patch
+
+    @staticmethod
+    def of(found: Found, plan: Plan, job: Job, window: Window, mask: Tensor) -> Ahead:
+        """Everything, for the masks of the job and of the image."""
+        feather_px = round(plan.feather_px * job.mask.shape[-1] / window.side)
+        return Ahead(
+            seam=Seam(job.mask) if plan.seamless else None,
+            blend=None if found.loaded.references is None else Blend.around(job.mask, feather_px),
+            patch=Patch.around(window, mask, plan.feather_px),
+        )
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A completion on its way through the lane."""
 
     found: Found
     plan: Plan
@@ -64,7 +85,7 @@ class Pending:
     window: Window
     job: Job
     future: Future[Sampled]
-    seam: Future[Seam] | None = None
+    ahead: Future[Ahead]
 
     @property
     def timings_s(self) -> dict[str, float]:
@@ -131,12 +152,9 @@ class Answer:
         Made on demand: sixteen candidates of a large photograph would take gigabytes.
         """
         sample = self._samples[self.candidates[place].sample][None].cpu()
-        pending = self._pending
-        rows, columns, pixels = patch(
-            sample, pending.window, pending.image, pending.mask, self.plan.feather_px
-        )
-        picture = pending.image.clone()
-        picture[:, rows, columns] = to_bytes(pixels[0])
+        patch, image = self._pending.ahead.result().patch, self._pending.image
+        picture = image.clone()
+        picture[:, patch.rows, patch.columns] = to_bytes(patch.of(sample, image)[0])
         return picture
 
     def evidence(self, place: int) -> Tensor | None:
@@ -168,10 +186,9 @@ def composited(pending: Pending, samples: Tensor) -> Tensor:
 
     Made where the samples are.
     """
-    job = pending.job
-    target, mask = job.target.to(samples), job.mask.to(samples)
-    feather_px = round(pending.plan.feather_px * job.mask.shape[-1] / pending.window.side)
-    return composite(samples, target, mask, feather_px=feather_px)
+    blend = pending.ahead.result().blend
+    assert blend is not None
+    return blend.of(samples, pending.job.target)
 
 
 def candidates_of(seeds: tuple[int, ...], ranking: Ranking | None) -> tuple[Candidate, ...]:

@@ -20,7 +20,6 @@ from torch import Tensor
 from realfill.base import Base
 from realfill.capsule import Capsule, read_capsule
 from realfill.complete.compositing import composite, crop, crop_mask, window_of
-from realfill.complete.seam import Seam
 from realfill.errors import InvalidCapsule
 from realfill.photographs import to_pixels
 from realfill.rank import (
@@ -33,7 +32,16 @@ from realfill.rank import (
 )
 from registry import Registry, Version
 from registry.signing import Guard
-from service.answer import Answer, Found, Pending, Plan, candidates_of, composited, references_of
+from service.answer import (
+    Ahead,
+    Answer,
+    Found,
+    Pending,
+    Plan,
+    candidates_of,
+    composited,
+    references_of,
+)
 from service.capsules import Capsules, Loaded
 from service.engine import EngineMetrics, Halving, Job, Sampled
 from service.errors import Cancelled
@@ -42,8 +50,8 @@ from service.resolver import Resolver
 
 MIN_REFERENCE_PX = 8
 MAX_REFERENCE_PX = 1024
-# Threads that make seams ready while jobs are drawn.
-SEAMS_AHEAD = 2
+# Threads that make seams and blends ready while jobs are drawn.
+AHEAD = 2
 
 T = TypeVar("T")
 
@@ -107,7 +115,7 @@ class Road:
         self._guard = guard or Guard()
         # Rankings compete with the lane for the device; one at a time bounds their memory.
         self._rank_lock = threading.Lock()
-        self._ahead = ThreadPoolExecutor(SEAMS_AHEAD, "realfill-seam")
+        self._ahead = ThreadPoolExecutor(AHEAD, "realfill-ahead")
         self._open = False
 
     @property
@@ -210,16 +218,18 @@ class Road:
             judge = partial(self._judge, references, job)
             job = replace(job, halving=Halving(judge))
         future = self.engine.submit(job)
-        seam = self._seam_ahead(job.mask) if plan.seamless else None
-        return Pending(found, plan, image, mask, window, job, future, seam)
+        ahead = self._begun_ahead(partial(Ahead.of, found, plan, job, window, mask))
+        return Pending(found, plan, image, mask, window, job, future, ahead)
 
-    def _seam_ahead(self, mask: Tensor) -> Future[Seam] | None:
-        """What of a seam needs no sample, begun now: one sample keeps no two cores busy."""
+    def _begun_ahead(self, work: Callable[[], Ahead]) -> Future[Ahead]:
+        """What needs no sample, begun now: one sample keeps no two cores busy."""
         try:
-            return self._ahead.submit(Seam, mask)
+            return self._ahead.submit(work)
         except RuntimeError:
             # The road was closed since the lane took the job.
-            return None
+            done: Future[Ahead] = Future()
+            done.set_result(work())
+            return done
 
     def finish(self, pending: Pending, sampled: Sampled) -> Answer:
         """Everything after the lane: rank the samples on the window the model saw."""
@@ -303,10 +313,10 @@ class Road:
 
 
 def _seamless(pending: Pending, samples: Tensor) -> Tensor:
-    """Samples that meet the known pixels, by the seam that was made meanwhile or one made now."""
-    job = pending.job
-    seam = Seam(job.mask) if pending.seam is None else pending.seam.result()
-    return seam.close(samples, job.target)
+    """Samples that meet the known pixels."""
+    seam = pending.ahead.result().seam
+    assert seam is not None
+    return seam.close(samples, pending.job.target)
 
 
 def _timed(timings_s: dict[str, float], stage: str, work: Callable[[], T]) -> T:

@@ -20,6 +20,7 @@ from realfill.photographs import to_pixels
 # Known pixels around the hole that the colour fit looks at, and the gains it may answer with.
 RING_PX = 16
 GAIN_BOUNDS = (0.5, 2.0)
+EMPTY = "The mask is empty, so there is nothing to fill: mark the hole with 1."
 
 
 @dataclass(frozen=True)
@@ -61,15 +62,37 @@ def composite(
             f"Samples {list(samples.shape)}, target {list(target.shape)} and mask"
             f" {list(mask.shape)} differ in size: bring them to one height and width."
         )
-    if feather_px < 0:
-        raise InvalidScene(f"The feather is {feather_px} px wide: give 0 or more.")
-    if not mask.any():
-        raise InvalidScene("The mask is empty, so there is nothing to fill: mark the hole with 1.")
-    if match_colour:
-        samples = _match_colour(samples, target, mask)
-    alpha = _alpha(mask, feather_px)
-    # Selecting, not only weighting, keeps known pixels even where a sample is not finite.
-    return torch.where(alpha > 0, torch.lerp(target, samples, alpha), target)
+    blend = Blend.around(mask, feather_px)
+    return blend.of(_match_colour(samples, target, mask) if match_colour else samples, target)
+
+
+@dataclass(frozen=True)
+class Blend:
+    """How candidates pass from samples to the target around one mask, found before any is there.
+
+    Attributes:
+        alpha: Weight of the sample, 1 in the hole and 0 beyond the feather. [H, W]
+    """
+
+    alpha: Tensor
+
+    @staticmethod
+    def around(mask: Tensor, feather_px: int) -> Blend:
+        """The blend of a mask and a feather; arguments and errors as for ``composite``.
+
+        A mask on a GPU is waited for.
+        """
+        if feather_px < 0:
+            raise InvalidScene(f"The feather is {feather_px} px wide: give 0 or more.")
+        if not mask.any():
+            raise InvalidScene(EMPTY)
+        return Blend(_alpha(mask, feather_px))
+
+    def of(self, samples: Tensor, target: Tensor) -> Tensor:
+        """Candidates of samples, on their device. [N, 3, H, W] and [3, H, W] to [N, 3, H, W]"""
+        target, alpha = target.to(samples), self.alpha.to(samples)
+        # Selecting, not only weighting, keeps known pixels even where a sample is not finite.
+        return torch.where(alpha > 0, torch.lerp(target, samples, alpha), target)
 
 
 def _alpha(mask: Tensor, feather_px: int) -> Tensor:
@@ -124,7 +147,7 @@ def _extents(mask: Tensor) -> tuple[tuple[int, int], tuple[int, int]]:
     """Rows and columns that the hole reaches over; refused where there is none."""
     rows, columns = mask.any(dim=1), mask.any(dim=0)
     if not rows.any():
-        raise InvalidScene("The mask is empty, so there is nothing to fill: mark the hole with 1.")
+        raise InvalidScene(EMPTY)
     return _extent(rows), _extent(columns)
 
 
@@ -231,54 +254,67 @@ def paste(
     Raises:
         InvalidScene: The mask is empty or the window does not cover the hole.
     """
-    rows, columns, pixels = patch(
-        samples, window, target, mask, feather_px, match_colour=match_colour
-    )
+    patch = Patch.around(window, mask, feather_px, match_colour=match_colour)
     candidates = target.expand(len(samples), -1, -1, -1).clone()
-    candidates[..., rows, columns] = pixels
+    candidates[..., patch.rows, patch.columns] = patch.of(samples, target)
     return candidates
 
 
-def patch(
-    samples: Tensor,
-    window: Window,
-    target: Tensor,
-    mask: Tensor,
-    feather_px: int,
-    *,
-    match_colour: bool = False,
-) -> tuple[slice, slice, Tensor]:
-    """What ``paste`` puts over the target, and where: elsewhere a candidate is the target.
+@dataclass(frozen=True)
+class Patch:
+    """The part of a target that samples of a window change, found before any sample is there.
 
-    Args:
-        samples, window, feather_px, match_colour: As for ``paste``.
-        target: Pixels in [0, 1], or 8-bit numbers. [3, H, W]
-        mask: True, or 1, where pixels are missing. [H, W]
-
-    Returns:
-        Rows and columns of the target, and what candidates hold there, in [0, 1]. [N, 3, h, w]
-
-    Raises:
-        InvalidScene: As for ``paste``.
+    Attributes:
+        rows: Of the target; elsewhere a candidate is the target.
+        columns: Likewise.
+        blend: Of the part.
+        ring: The part's mask, if colours are to be matched around it. [h, w]
     """
-    height, width = mask.shape
-    extent_down, extent_across = _extents(mask)
-    # The colour fit needs its ring, the blend its feather; nothing further out is touched.
-    pad = max(feather_px, RING_PX if match_colour else 0)
-    top, bottom, room_down = _span(extent_down, window.top, window.side, height, pad)
-    left, right, room_across = _span(extent_across, window.left, window.side, width, pad)
-    rows, columns = slice(top, bottom), slice(left, right)
-    native = _resize_samples(samples, window.side)
-    native = native[..., top - window.top : bottom - window.top, :]
-    native = native[..., left - window.left : right - window.left]
-    pixels = composite(
-        native,
-        _pixels(target[:, rows, columns]),
-        mask[rows, columns].to(samples.dtype),
-        feather_px=min(feather_px, room_down, room_across),
-        match_colour=match_colour,
-    )
-    return rows, columns, pixels
+
+    window: Window
+    rows: slice
+    columns: slice
+    blend: Blend
+    ring: Tensor | None = None
+
+    @staticmethod
+    def around(
+        window: Window, mask: Tensor, feather_px: int, *, match_colour: bool = False
+    ) -> Patch:
+        """The part that a mask and its feather reach over; arguments and errors as for ``paste``.
+
+        Args:
+            mask: True, or 1, where pixels are missing. [H, W]
+        """
+        height, width = mask.shape
+        extent_down, extent_across = _extents(mask)
+        # The colour fit needs its ring, the blend its feather; nothing further out is touched.
+        pad = max(feather_px, RING_PX if match_colour else 0)
+        top, bottom, room_down = _span(extent_down, window.top, window.side, height, pad)
+        left, right, room_across = _span(extent_across, window.left, window.side, width, pad)
+        rows, columns = slice(top, bottom), slice(left, right)
+        part = mask[rows, columns].float()
+        blend = Blend.around(part, min(feather_px, room_down, room_across))
+        return Patch(window, rows, columns, blend, part if match_colour else None)
+
+    def of(self, samples: Tensor, target: Tensor) -> Tensor:
+        """What candidates hold there, in [0, 1].
+
+        Args:
+            samples: Decoded images of the window, in [0, 1]. [N, 3, S, S]
+            target: Pixels in [0, 1], or 8-bit numbers. [3, H, W]
+
+        Returns:
+            [N, 3, h, w]
+        """
+        window = self.window
+        native = _resize_samples(samples, window.side)
+        native = native[..., self.rows.start - window.top : self.rows.stop - window.top, :]
+        native = native[..., self.columns.start - window.left : self.columns.stop - window.left]
+        part = _pixels(target[:, self.rows, self.columns])
+        if self.ring is not None:
+            native = _match_colour(native, part, self.ring.to(samples.dtype))
+        return self.blend.of(native, part)
 
 
 def _pixels(image: Tensor) -> Tensor:

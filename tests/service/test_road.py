@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from realfill.rank import Features, loftr, with_features
 from realfill.rank.matchers import load_matcher
 from registry.errors import CorruptObject, NotFound, SignatureRefused
 from registry.signing import Guard, Policy, sign
-from service.answer import Plan
+from service.answer import Ahead, Plan
 from service.engine import Engine
 from service.errors import Cancelled
 from service.road import Road
@@ -103,22 +104,23 @@ def test_seams_are_removed_where_asked_for(road: Road, image: Tensor, mask: Tens
     assert "seam" not in road.complete("tower", image, mask, PLAN).timings_s
 
 
-def test_a_seam_made_while_the_lane_draws_is_the_same(
+def test_what_is_made_while_the_lane_draws_is_the_same(
     base: Base, tower: bytes, tmp_path: Path, image: Tensor, mask: Tensor
 ) -> None:
-    """As one that is made afterwards; and a closed road makes none."""
+    """As what is made afterwards; on a closed road, which has no threads left, at once."""
     road = road_of(base, tmp_path)
     road.registry.publish(tower)
     road.start()
     plan = replace(PLAN, seamless=True)
     pending = road.begin(road.look_up("tower"), image, mask, plan, threading.Event())
-    assert pending.seam is not None
     sampled = pending.future.result()
     ahead = road.finish(pending, sampled).picture(0)
-    afterwards = road.finish(replace(pending, seam=None), sampled).picture(0)
-    assert torch.equal(ahead, afterwards)
     road.close()
-    assert road._seam_ahead(mask) is None
+    work = partial(Ahead.of, pending.found, plan, pending.job, pending.window, mask)
+    made = road._begun_ahead(work)
+    assert made.done()
+    afterwards = road.finish(replace(pending, ahead=made), sampled).picture(0)
+    assert torch.equal(ahead, afterwards)
 
 
 def test_a_capsule_without_references_keeps_the_order_of_seeds(

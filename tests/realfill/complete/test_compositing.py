@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from realfill.complete.compositing import (
+    Patch,
     Window,
     composite,
     crop,
     crop_mask,
     paste,
-    patch,
     window_of,
 )
 from realfill.errors import InvalidScene
@@ -90,10 +90,11 @@ def test_a_patch_of_bytes_makes_the_bytes_of_paste() -> None:
     mask[10:30, 20:50] = True
     window = window_of(mask, 32)
     samples = _images(3, 2, 32, 32)
-    rows, columns, pixels = patch(samples, window, numbers, mask, 5)
+    patch = Patch.around(window, mask, 5)
+    pixels = patch.of(samples, numbers)
     assert pixels.shape == (2, 3, 30, 40)
     candidates = numbers.expand(2, -1, -1, -1).clone()
-    candidates[..., rows, columns] = to_bytes(pixels)
+    candidates[..., patch.rows, patch.columns] = to_bytes(pixels)
     whole = paste(samples, window, numbers.float() / 255, mask.float(), 5)
     assert torch.equal(candidates, to_bytes(whole))
     assert torch.equal(crop(numbers, window, 32), crop(numbers.float() / 255, window, 32))
