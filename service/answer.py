@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -51,7 +52,7 @@ class Found:
 
 @dataclass(frozen=True)
 class Ahead:
-    """What of a completion needs no sample: made while they are drawn.
+    """What of a completion needs no sample, and can be made while they are drawn.
 
     Attributes:
         seam: None where none is asked for.
@@ -76,7 +77,11 @@ class Ahead:
 
 @dataclass(frozen=True)
 class Pending:
-    """A completion on its way through the lane."""
+    """A completion on its way through the lane.
+
+    Attributes:
+        ahead: Gives what needs no sample, always the same, and waits for it if it is being made.
+    """
 
     found: Found
     plan: Plan
@@ -85,7 +90,7 @@ class Pending:
     window: Window
     job: Job
     future: Future[Sampled]
-    ahead: Future[Ahead]
+    ahead: Callable[[], Ahead]
 
     @property
     def timings_s(self) -> dict[str, float]:
@@ -152,7 +157,7 @@ class Answer:
         Made on demand: sixteen candidates of a large photograph would take gigabytes.
         """
         sample = self._samples[self.candidates[place].sample][None].cpu()
-        patch, image = self._pending.ahead.result().patch, self._pending.image
+        patch, image = self._pending.ahead().patch, self._pending.image
         picture = image.clone()
         picture[:, patch.rows, patch.columns] = to_bytes(patch.of(sample, image)[0])
         return picture
@@ -186,7 +191,7 @@ def composited(pending: Pending, samples: Tensor) -> Tensor:
 
     Made where the samples are.
     """
-    blend = pending.ahead.result().blend
+    blend = pending.ahead().blend
     assert blend is not None
     return blend.of(samples, pending.job.target)
 

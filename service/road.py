@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import Protocol, TypeVar
 
 import torch
@@ -50,7 +50,7 @@ from service.resolver import Resolver
 
 MIN_REFERENCE_PX = 8
 MAX_REFERENCE_PX = 1024
-# Threads that make seams and blends ready while jobs are drawn.
+# Threads that make seams and blends ready while a GPU draws.
 AHEAD = 2
 
 T = TypeVar("T")
@@ -218,18 +218,21 @@ class Road:
             judge = partial(self._judge, references, job)
             job = replace(job, halving=Halving(judge))
         future = self.engine.submit(job)
-        ahead = self._begun_ahead(partial(Ahead.of, found, plan, job, window, mask))
+        ahead = self._ahead_of(partial(Ahead.of, found, plan, job, window, mask))
         return Pending(found, plan, image, mask, window, job, future, ahead)
 
-    def _begun_ahead(self, work: Callable[[], Ahead]) -> Future[Ahead]:
-        """What needs no sample, begun now: one sample keeps no two cores busy."""
-        try:
-            return self._ahead.submit(work)
-        except RuntimeError:
-            # The road was closed since the lane took the job.
-            done: Future[Ahead] = Future()
-            done.set_result(work())
-            return done
+    def _ahead_of(self, work: Callable[[], Ahead]) -> Callable[[], Ahead]:
+        """What needs no sample: begun now while a GPU draws, else made when it is asked for.
+
+        On a CPU the lane has use for every core, and loses more than is won.
+        """
+        if self.base.device.type == "cuda":
+            try:
+                return self._ahead.submit(work).result
+            except RuntimeError:
+                # The road was closed since the lane took the job.
+                pass
+        return cache(work)
 
     def finish(self, pending: Pending, sampled: Sampled) -> Answer:
         """Everything after the lane: rank the samples on the window the model saw."""
@@ -242,6 +245,8 @@ class Road:
         samples = sampled.samples.float()
         if pending.plan.seamless:
             samples = _timed(timings, "seam", lambda: _seamless(pending, samples))
+        # Before several threads ask for it.
+        pending.ahead()
         ranking = _timed(timings, "rank", lambda: self._rank(pending, samples))
         return Answer(
             version=pending.found.version,
@@ -314,7 +319,7 @@ class Road:
 
 def _seamless(pending: Pending, samples: Tensor) -> Tensor:
     """Samples that meet the known pixels."""
-    seam = pending.ahead.result().seam
+    seam = pending.ahead().seam
     assert seam is not None
     return seam.close(samples, pending.job.target)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -104,23 +104,38 @@ def test_seams_are_removed_where_asked_for(road: Road, image: Tensor, mask: Tens
     assert "seam" not in road.complete("tower", image, mask, PLAN).timings_s
 
 
-def test_what_is_made_while_the_lane_draws_is_the_same(
-    base: Base, tower: bytes, tmp_path: Path, image: Tensor, mask: Tensor
+def test_what_is_made_while_a_gpu_draws_is_the_same(
+    base: Base,
+    tower: bytes,
+    tmp_path: Path,
+    image: Tensor,
+    mask: Tensor,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """As what is made afterwards; on a closed road, which has no threads left, at once."""
+    """As what is made afterwards, once; on a closed road, which has no threads, it is made then."""
     road = road_of(base, tmp_path)
     road.registry.publish(tower)
     road.start()
     plan = replace(PLAN, seamless=True)
     pending = road.begin(road.look_up("tower"), image, mask, plan, threading.Event())
+    assert pending.ahead() is pending.ahead()
     sampled = pending.future.result()
-    ahead = road.finish(pending, sampled).picture(0)
+    afterwards = road.finish(pending, sampled).picture(0)
+    threads: list[str] = []
+
+    def work() -> Ahead:
+        threads.append(threading.current_thread().name)
+        return Ahead.of(pending.found, plan, pending.job, pending.window, mask)
+
+    monkeypatch.setattr(road, "base", SimpleNamespace(device=torch.device("cuda")))
+    ahead = road._ahead_of(work)
+    monkeypatch.setattr(road, "base", base)
+    assert torch.equal(road.finish(replace(pending, ahead=ahead), sampled).picture(0), afterwards)
     road.close()
-    work = partial(Ahead.of, pending.found, plan, pending.job, pending.window, mask)
-    made = road._begun_ahead(work)
-    assert made.done()
-    afterwards = road.finish(replace(pending, ahead=made), sampled).picture(0)
-    assert torch.equal(ahead, afterwards)
+    monkeypatch.setattr(road, "base", SimpleNamespace(device=torch.device("cuda")))
+    road._ahead_of(work)()
+    assert threads[0].startswith("realfill-ahead")
+    assert threads[1] == threading.current_thread().name
 
 
 def test_a_capsule_without_references_keeps_the_order_of_seeds(
