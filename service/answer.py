@@ -52,45 +52,56 @@ class Found:
 
 @dataclass(frozen=True)
 class Ahead:
-    """What of a completion needs no sample, and can be made while they are drawn.
+    """What of a completion needs its mask alone, neither its image nor a sample.
 
     Attributes:
         seam: None where none is asked for.
-        blend: Of what is ranked; None where nothing is.
+        blend: Of what is ranked.
         patch: Of the image that the answer shows.
     """
 
     seam: Seam | None
-    blend: Blend | None
+    blend: Blend
     patch: Patch
 
     @staticmethod
-    def of(found: Found, plan: Plan, job: Job, window: Window, mask: Tensor) -> Ahead:
-        """Everything, for the masks of the job and of the image."""
-        feather_px = round(plan.feather_px * job.mask.shape[-1] / window.side)
+    def of(plan: Plan, window: Window, seen: Tensor, mask: Tensor) -> Ahead:
+        """Everything, for a mask as the model sees it, and as it is. [S, S] and [H, W]"""
+        feather_px = round(plan.feather_px * seen.shape[-1] / window.side)
         return Ahead(
-            seam=Seam(job.mask) if plan.seamless else None,
-            blend=None if found.loaded.references is None else Blend.around(job.mask, feather_px),
+            seam=Seam(seen) if plan.seamless else None,
+            blend=Blend.around(seen, feather_px),
             patch=Patch.around(window, mask, plan.feather_px),
         )
 
 
 @dataclass(frozen=True)
-class Pending:
-    """A completion on its way through the lane.
+class Hole:
+    """A mask that was looked at, before there is an image.
 
     Attributes:
-        ahead: Gives what needs no sample, always the same, and waits for it if it is being made.
+        mask: True where pixels are missing. [H, W]
+        window: That the model sees.
+        seen: 1 where pixels of it are missing. [S, S]
+        ahead: Gives what else needs no image, always the same, and waits for it if need be.
     """
+
+    mask: Tensor
+    window: Window
+    seen: Tensor
+    ahead: Callable[[], Ahead]
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A completion on its way through the lane."""
 
     found: Found
     plan: Plan
     image: Tensor
-    mask: Tensor
-    window: Window
+    hole: Hole
     job: Job
     future: Future[Sampled]
-    ahead: Callable[[], Ahead]
 
     @property
     def timings_s(self) -> dict[str, float]:
@@ -157,7 +168,7 @@ class Answer:
         Made on demand: sixteen candidates of a large photograph would take gigabytes.
         """
         sample = self._samples[self.candidates[place].sample][None].cpu()
-        patch, image = self._pending.ahead().patch, self._pending.image
+        patch, image = self._pending.hole.ahead().patch, self._pending.image
         picture = image.clone()
         picture[:, patch.rows, patch.columns] = to_bytes(patch.of(sample, image)[0])
         return picture
@@ -191,9 +202,7 @@ def composited(pending: Pending, samples: Tensor) -> Tensor:
 
     Made where the samples are.
     """
-    blend = pending.ahead().blend
-    assert blend is not None
-    return blend.of(samples, pending.job.target)
+    return pending.hole.ahead().blend.of(samples, pending.job.target)
 
 
 def candidates_of(seeds: tuple[int, ...], ranking: Ranking | None) -> tuple[Candidate, ...]:

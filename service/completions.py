@@ -18,7 +18,7 @@ from starlette.responses import Response
 from starlette.types import Receive
 from torch import Tensor
 
-from service.answer import Answer, Pending, Plan
+from service.answer import Answer, Hole, Pending, Plan
 from service.engine import Sampled
 from service.errors import Cancelled, DeadlineExceeded, InvalidRequest, QueueFull
 from service.forms import fields_of, files_of, read_form, wanted_form
@@ -202,9 +202,9 @@ class Completions:
         look_up = loop.run_in_executor(self.waiting, self.road.look_up, ask.reference)
         # If it fails after the images did, nobody is told: they were the reason.
         look_up.add_done_callback(lambda done: done.cancelled() or done.exception())
-        image, mask = await self._read(ask)
+        image, hole = await self._read(ask)
         read_s = time.perf_counter() - started
-        begin = partial(self.road.begin, await look_up, image, mask, ask.plan, cancel)
+        begin = partial(self.road.begin, await look_up, image, hole, ask.plan, cancel)
         pending = await loop.run_in_executor(self.waiting, begin)
         pending.timings_s["read"] = read_s
         sampled = await asyncio.wrap_future(pending.future)
@@ -223,21 +223,28 @@ class Completions:
         )
         return response
 
-    async def _read(self, ask: Ask) -> tuple[Tensor, Tensor]:
+    async def _read(self, ask: Ask) -> tuple[Tensor, Hole]:
         """The request's image and mask; what is wrong with the image is said first."""
-        most = self.settings.max_pixels
-        read = [
-            self._in_thread(partial(_read, file, decode, most))
-            for file, decode in ((ask.image, read_image), (ask.mask, read_mask))
-        ]
-        image, mask = await asyncio.gather(*read, return_exceptions=True)
-        for outcome in (image, mask):
+        image, hole = await asyncio.gather(
+            self._in_thread(partial(self._image, ask)),
+            self._in_thread(partial(self._hole, ask)),
+            return_exceptions=True,
+        )
+        for outcome in (image, hole):
             if isinstance(outcome, BaseException):
                 raise outcome
         assert isinstance(image, Tensor)
-        assert isinstance(mask, Tensor)
-        check_fit(image, mask)
-        return image, mask
+        assert isinstance(hole, Hole)
+        check_fit(image, hole.mask)
+        return image, hole
+
+    def _image(self, ask: Ask) -> Tensor:
+        return _read(ask.image, read_image, self.settings.max_pixels)
+
+    def _hole(self, ask: Ask) -> Hole:
+        """The mask, looked at while the image is still read."""
+        mask = _read(ask.mask, read_mask, self.settings.max_pixels)
+        return self.road.look_at(mask, ask.plan)
 
     def _finish(
         self, ask: Ask, pending: Pending, sampled: Sampled, request_id: str, started: float

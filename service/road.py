@@ -1,7 +1,7 @@
 """The road of one completion: reference to pinned version to capsule to samples to candidates.
 
-Independent of HTTP. ``look_up``, ``begin`` and ``finish`` are for worker threads; between
-the last two lies the lane.
+Independent of HTTP. ``look_up``, ``look_at``, ``begin`` and ``finish`` are for worker threads;
+between the last two lies the lane.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from service.answer import (
     Ahead,
     Answer,
     Found,
+    Hole,
     Pending,
     Plan,
     candidates_of,
@@ -179,7 +180,8 @@ class Road:
             Cancelled: ``cancel`` was set.
         """
         found = self.look_up(reference)
-        pending = self.begin(found, image, mask, plan, cancel or threading.Event())
+        hole = self.look_at(mask, plan)
+        pending = self.begin(found, image, hole, plan, cancel or threading.Event())
         return self.finish(pending, pending.future.result())
 
     def look_up(self, reference: str) -> Found:
@@ -192,21 +194,38 @@ class Road:
         loaded = _timed(timings, "capsule", lambda: self.capsules.get(version))
         return Found(version, stale, loaded, timings)
 
+    def look_at(self, mask: Tensor, plan: Plan) -> Hole:
+        """What a mask says by itself; arguments and errors as for ``complete``.
+
+        A GPU leaves the other cores idle while it draws: seams and blends are made then. On a CPU
+        the lane has use for every core, and what is made beside it costs more than what is made
+        now, while the image is read.
+        """
+        window = window_of(mask, self.base.size_px)
+        seen = crop_mask(mask, window, self.base.size_px)
+        work = cache(partial(Ahead.of, plan, window, seen, mask))
+        if self.base.device.type != "cuda":
+            work()
+            return Hole(mask, window, seen, work)
+        try:
+            return Hole(mask, window, seen, self._ahead.submit(work).result)
+        except RuntimeError:
+            # The road was closed meanwhile.
+            return Hole(mask, window, seen, work)
+
     def begin(
-        self, found: Found, image: Tensor, mask: Tensor, plan: Plan, cancel: threading.Event
+        self, found: Found, image: Tensor, hole: Hole, plan: Plan, cancel: threading.Event
     ) -> Pending:
         """Hand the job to the lane; arguments and errors as for ``complete``."""
         if cancel.is_set():
             raise Cancelled("Nobody waits for this completion any more.")
         capsule = found.loaded.capsule
-        size_px = self.base.size_px
-        window = window_of(mask, size_px)
         job = Job(
             digest=found.version.digest,
             adapter=capsule.adapter,
             prompt_embedding=capsule.prompt_embedding,
-            target=crop(image, window, size_px),
-            mask=crop_mask(mask, window, size_px),
+            target=crop(image, hole.window, self.base.size_px),
+            mask=hole.seen,
             seeds=plan.seeds,
             steps=plan.steps,
             sampler=plan.sampler,
@@ -218,21 +237,7 @@ class Road:
             judge = partial(self._judge, references, job)
             job = replace(job, halving=Halving(judge))
         future = self.engine.submit(job)
-        ahead = self._ahead_of(partial(Ahead.of, found, plan, job, window, mask))
-        return Pending(found, plan, image, mask, window, job, future, ahead)
-
-    def _ahead_of(self, work: Callable[[], Ahead]) -> Callable[[], Ahead]:
-        """What needs no sample: begun now while a GPU draws, else made when it is asked for.
-
-        On a CPU the lane has use for every core, and loses more than is won.
-        """
-        if self.base.device.type == "cuda":
-            try:
-                return self._ahead.submit(work).result
-            except RuntimeError:
-                # The road was closed since the lane took the job.
-                pass
-        return cache(work)
+        return Pending(found, plan, image, hole, job, future)
 
     def finish(self, pending: Pending, sampled: Sampled) -> Answer:
         """Everything after the lane: rank the samples on the window the model saw."""
@@ -245,8 +250,6 @@ class Road:
         samples = sampled.samples.float()
         if pending.plan.seamless:
             samples = _timed(timings, "seam", lambda: _seamless(pending, samples))
-        # Before several threads ask for it.
-        pending.ahead()
         ranking = _timed(timings, "rank", lambda: self._rank(pending, samples))
         return Answer(
             version=pending.found.version,
@@ -319,7 +322,7 @@ class Road:
 
 def _seamless(pending: Pending, samples: Tensor) -> Tensor:
     """Samples that meet the known pixels."""
-    seam = pending.ahead().seam
+    seam = pending.hole.ahead().seam
     assert seam is not None
     return seam.close(samples, pending.job.target)
 

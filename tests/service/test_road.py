@@ -14,12 +14,13 @@ from torch import Tensor
 
 from realfill.base import Base
 from realfill.capsule import read_capsule, write_capsule
+from realfill.complete.seam import Seam
 from realfill.errors import AdapterMismatch, InvalidCapsule
 from realfill.rank import Features, loftr, with_features
 from realfill.rank.matchers import load_matcher
 from registry.errors import CorruptObject, NotFound, SignatureRefused
 from registry.signing import Guard, Policy, sign
-from service.answer import Ahead, Plan
+from service.answer import Plan
 from service.engine import Engine
 from service.errors import Cancelled
 from service.road import Road
@@ -105,37 +106,35 @@ def test_seams_are_removed_where_asked_for(road: Road, image: Tensor, mask: Tens
 
 
 def test_what_is_made_while_a_gpu_draws_is_the_same(
-    base: Base,
-    tower: bytes,
-    tmp_path: Path,
-    image: Tensor,
-    mask: Tensor,
-    monkeypatch: pytest.MonkeyPatch,
+    base: Base, tmp_path: Path, mask: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As what is made afterwards, once; on a closed road, which has no threads, it is made then."""
-    road = road_of(base, tmp_path)
-    road.registry.publish(tower)
-    road.start()
+    """As what is made at once, in threads of its own; on a closed road, when it is asked for."""
+    made_in: list[str] = []
     plan = replace(PLAN, seamless=True)
-    pending = road.begin(road.look_up("tower"), image, mask, plan, threading.Event())
-    assert pending.ahead() is pending.ahead()
-    sampled = pending.future.result()
-    afterwards = road.finish(pending, sampled).picture(0)
-    threads: list[str] = []
 
-    def work() -> Ahead:
-        threads.append(threading.current_thread().name)
-        return Ahead.of(pending.found, plan, pending.job, pending.window, mask)
+    def noting(*given: object) -> Seam:
+        made_in.append(threading.current_thread().name)
+        return Seam(seen)
 
-    monkeypatch.setattr(road, "base", SimpleNamespace(device=torch.device("cuda")))
-    ahead = road._ahead_of(work)
-    monkeypatch.setattr(road, "base", base)
-    assert torch.equal(road.finish(replace(pending, ahead=ahead), sampled).picture(0), afterwards)
+    road = road_of(base, tmp_path)
+    at_once = road.look_at(mask, plan)
+    seen = at_once.seen
+    monkeypatch.setattr("service.answer.Seam", noting)
+    gpu = SimpleNamespace(device=torch.device("cuda"), size_px=base.size_px)
+    monkeypatch.setattr(road, "base", gpu)
+    beside = road.look_at(mask, plan)
+    samples, target = torch.rand(2, 3, *seen.shape), torch.rand(3, *seen.shape)
+    both = [hole.ahead() for hole in (at_once, beside)]
+    closed = [ahead.seam.close(samples, target) for ahead in both if ahead.seam is not None]
+    assert torch.equal(*closed)
+    blended = [ahead.blend.of(samples, target) for ahead in both]
+    assert torch.equal(*blended)
     road.close()
-    monkeypatch.setattr(road, "base", SimpleNamespace(device=torch.device("cuda")))
-    road._ahead_of(work)()
-    assert threads[0].startswith("realfill-ahead")
-    assert threads[1] == threading.current_thread().name
+    late = road.look_at(mask, plan)
+    assert len(made_in) == 1
+    assert late.ahead() is late.ahead()
+    assert made_in[0].startswith("realfill-ahead")
+    assert made_in[1:] == [threading.current_thread().name]
 
 
 def test_a_capsule_without_references_keeps_the_order_of_seeds(
@@ -315,7 +314,9 @@ def test_samples_of_a_cuda_device_are_finished_there_as_elsewhere(
     plan = replace(PLAN, seamless=True)
     answers = []
     for device in ("cpu", "cuda"):
-        pending = road.begin(road.look_up("tower"), image, mask, plan, threading.Event())
+        pending = road.begin(
+            road.look_up("tower"), image, road.look_at(mask, plan), plan, threading.Event()
+        )
         sampled = pending.future.result()
         sampled = replace(sampled, samples=sampled.samples.to(device))
         answers.append(road.finish(pending, sampled))
