@@ -63,8 +63,7 @@ def _added_and_normed(
 class Place:
     """Where in prompts that are projected already one layer's keys and values lie.
 
-    Each lies in one piece, as a layer of its own would leave it; attention is slower over strips of
-    a tensor that all layers share.
+    Each lies in one piece, as a layer of its own would leave it for attention to read.
 
     Attributes:
         first: Channel that the keys begin with, of those of all layers one behind the other.
