@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from kernels.add_residual import add_residual
 from kernels.groupnorm_silu import groupnorm_silu
+from service.engine.layers import without_bias
 
 
 @dataclass
@@ -59,17 +60,17 @@ class FusedPictures:
     def __call__(self, features: Tensor, temb: Tensor | None, *_: Any, **__: Any) -> Tensor:
         """Features, given the timestep's embedding if there is one. [N, C, H, W] and [N, D]"""
         block = self.block
-        hidden, bias = _convolved(block.conv1, FusedNorm(block.norm1)(features))
+        hidden, bias = without_bias(block.conv1, FusedNorm(block.norm1)(features))
         added = None if bias is None else bias.expand(len(features), -1)
         if temb is not None and block.time_emb_proj is not None:
             done = self.activated or block.skip_time_act
             of_time = block.time_emb_proj(temb if done else F.silu(temb))
             added = of_time if bias is None else of_time + bias
         hidden = FusedNorm(block.norm2)(hidden, added)
-        hidden, bias = _convolved(block.conv2, block.dropout(hidden))
+        hidden, bias = without_bias(block.conv2, block.dropout(hidden))
         kept = features
         if block.conv_shortcut is not None:
-            kept, of_kept = _convolved(block.conv_shortcut, features)
+            kept, of_kept = without_bias(block.conv_shortcut, features)
             if bias is not None and of_kept is not None:
                 # In float32: one of them in half precision would be rounded once more.
                 bias = bias.float() + of_kept
@@ -78,17 +79,6 @@ class FusedPictures:
         summed = kept + hidden if bias is None else add_residual(kept, hidden, bias)
         factor = block.output_scale_factor
         return summed if factor == 1 else summed / factor
-
-
-def _convolved(layer: nn.Conv2d, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """A convolution, and the bias that is still to be added: none where the layer adds it itself.
-
-    Returns:
-        [N, C, H, W] and [C]
-    """
-    if type(layer) is not nn.Conv2d or "forward" in vars(layer):
-        return layer(x), None
-    return layer._conv_forward(x, layer.weight, None), layer.bias
 
 
 @dataclass
@@ -112,12 +102,13 @@ class KeptLayout:
     ) -> Tensor:
         """Pictures of tokens [N, h * w, C], with the residual added. [N, C, h, w]"""
         project = self.transformer.proj_out
-        tokens = project(hidden_states) if self.transformer.use_linear_projection else hidden_states
+        tokens, bias = hidden_states, None
+        if self.transformer.use_linear_projection:
+            tokens, bias = without_bias(project, tokens)
         pictures = tokens.reshape(batch_size, height, width, inner_dim).permute(0, 3, 1, 2)
         if not self.transformer.use_linear_projection:
-            pictures = project(pictures)
-        summed: Tensor = pictures + residual
-        return summed
+            pictures, bias = without_bias(project, pictures)
+        return pictures + residual if bias is None else add_residual(residual, pictures, bias)
 
 
 @dataclass

@@ -7,13 +7,15 @@ from functools import partial
 from typing import Any
 
 from diffusers.models.activations import GEGLU
-from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention import BasicTransformerBlock, FeedForward
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kernels.add_layernorm import add_layernorm
+from kernels.add_residual import add_residual
 from kernels.geglu import geglu
+from service.engine.layers import without_bias
 
 
 @dataclass
@@ -48,8 +50,23 @@ class FusedResiduals:
             normed, encoder_hidden_states=prompts, attention_mask=encoder_attention_mask, **options
         )
         summed, normed = _added_and_normed(block.norm3, summed, attended)
-        fed: Tensor = block.ff(normed)
-        return fed + summed
+        fed, bias = _fed(block.ff, normed)
+        return fed + summed if bias is None else _added(summed, fed, bias)
+
+
+def _fed(layer: FeedForward, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+    """What a feed-forward gives, and the bias that is still to be added to it."""
+    # Gates, dropout and the way back, unless something else follows.
+    if type(layer) is not FeedForward or "forward" in vars(layer) or len(layer.net) != 3:
+        return layer(tokens), None
+    gates, dropout, back = layer.net
+    return without_bias(back, dropout(gates(tokens)))
+
+
+def _added(summed: Tensor, fed: Tensor, bias: Tensor) -> Tensor:
+    """Both and a bias, as of pictures one pixel wide. [N, L, C] twice, and [C]"""
+    residual, features = (tokens.transpose(1, 2)[..., None] for tokens in (summed, fed))
+    return add_residual(residual, features, bias)[..., 0].transpose(1, 2)
 
 
 def _added_and_normed(

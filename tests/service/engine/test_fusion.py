@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from service.engine.fusion import install_fusion, install_picture_fusion
+from service.engine.layers import without_bias
 from service.engine.picture_blocks import DoubledPictures, FusedPictures, doubled
 from service.engine.token_blocks import FusedResiduals, PlainAttention
 from tests.tiny import tiny_base
@@ -82,6 +83,25 @@ def test_a_transformer_block_gives_what_it_gave(affine: bool, only_cross: bool) 
     outcome = FusedResiduals(block)(tokens, encoder_hidden_states=prompts)
     wanted = block(tokens, encoder_hidden_states=prompts)
     torch.testing.assert_close(outcome, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"), [(nn.Linear(4, 3), (2, 5, 4)), (nn.Conv2d(4, 3, 1), (2, 4, 5, 6))]
+)
+def test_a_bias_waits_only_where_a_layer_is_its_own(
+    layer: nn.Module, shape: tuple[int, ...]
+) -> None:
+    """A layer that something replaced adds its bias itself."""
+    x = draw(1, *shape)
+    wanted = layer(x)
+    out, bias = without_bias(layer, x)
+    assert bias is layer.bias
+    assert isinstance(bias, Tensor)
+    torch.testing.assert_close(out + (bias if x.dim() == 3 else bias[:, None, None]), wanted)
+    replace(layer)
+    out, bias = without_bias(layer, x)
+    assert bias is None
+    assert torch.equal(out, layer(x))
 
 
 @pytest.mark.parametrize("masked", [True, False])
