@@ -62,8 +62,8 @@ class Settings(BaseSettings):
     split_from: int | None = Field(
         None,
         ge=1,
-        description="Samples of one scene from which they run in a call of their own; else 8 (on a "
-        "GPU an estimate), and never where a few CPU cores share each batch.",
+        description="Samples of one scene from which they run in a call of their own; else 8 on a "
+        "CPU, but never where a few cores share each batch, nor on a GPU.",
     )
     arena_bytes: int | None = Field(
         None, ge=1, description="Adapters ready on the device; else 1 GiB on a CPU, 4 on a GPU."

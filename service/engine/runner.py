@@ -42,10 +42,10 @@ ARENA_BYTES = {"cpu": 2**30, "cuda": 2**32}
 # fused weights go on to divide what they are given (``service.engine.program.AT_ONCE``).
 AT_ONCE = 8
 # Samples of one scene from which a call of their own is no slower than one with other scenes beside
-# them: before there was a crew, on two CPU cores with nano, two scenes of eight took 158 ms a step
-# apart and 162 ms together. Where a crew shares the batches, scenes never run apart, which would be
-# slower for eight, four and two of each (rows engine.apart_ms.*). On an H200 with SD 2 eight are a
-# tie and four are slower (rows engine.apart_ms.*.cuda).
+# them, on a CPU without a crew: on two cores with nano two scenes of eight took 158 ms a step apart
+# and 162 ms together. Where a crew shares the batches scenes never run apart, which would be slower
+# for eight, four and two of each (rows engine.apart_ms.*); nor on a GPU: on an H200 with SD 2, two
+# of eight took 5 % longer apart in all three runs, and fewer samples far longer (.cuda).
 SPLIT_FROM = 8
 
 
@@ -66,8 +66,8 @@ class Runner:
             weights), or auto for the one that suits the device.
         arena_bytes: For adapters that lie ready on the device; None for 1 GiB on a CPU and 4 GiB on
             CUDA.
-        split_from: Samples of one scene from which they run in a call of their own; None for 8, and
-            for never where a crew of cores shares the batches.
+        split_from: Samples of one scene from which they run in a call of their own; None for never,
+            but for 8 on a CPU without a crew of cores that share the batches.
         static: Whether steps run in buckets of fixed size and memory, with fused group norms; on
             CUDA they are captured as graphs. None for CUDA alone.
 
@@ -113,7 +113,7 @@ class Runner:
             _lay_out(base)
         by_crew = application == "fused" and not static
         self._crew = crew_for(torch.get_num_threads()) if by_crew else None
-        if split_from is None and self._crew is None:
+        if split_from is None and self._crew is None and base.device.type == "cpu":
             split_from = SPLIT_FROM
         kind = FusedWeights if application == "fused" else SegmentedWeights
         self.weights: Weights = kind(
