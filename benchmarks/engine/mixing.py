@@ -20,8 +20,9 @@ from service.engine import Engine, Job, Runner
 from service.engine.runner import Application
 from service.engine.sample import Sample
 
-# More than any measurement makes, so that no sample is finished before its end.
-MANY_STEPS = 1000
+# More than any measurement makes, so that no sample is finished before its end, and fewer than the
+# timesteps that a scheduler has.
+MANY_STEPS = 800
 # Timed as one. A GPU is given the next step before it is through with the last, as by the lane;
 # otherwise what the host does for a single step would count, and its noise.
 IN_A_ROW = {"cpu": 1, "cuda": 8}
