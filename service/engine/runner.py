@@ -45,7 +45,7 @@ AT_ONCE = 8
 # them, on a CPU without a crew: on two cores with nano two scenes of eight took 158 ms a step apart
 # and 162 ms together. Where a crew shares the batches scenes never run apart, which would be slower
 # for eight, four and two of each (rows engine.apart_ms.*); nor on a GPU: on an H200 with SD 2, two
-# of eight took 5 % longer apart in all three runs, and fewer samples far longer (.cuda).
+# of eight took 1, 4 and 5 % longer apart in three runs, and fewer samples far longer (.cuda).
 SPLIT_FROM = 8
 
 
