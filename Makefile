@@ -43,8 +43,8 @@ check: $(STAMP) ## lint, format, types, import rules, forbidden packages
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test: $(STAMP) ## run the tests, without the slow ones and those that need a GPU
-	$(BIN)/python -m pytest
+test: $(STAMP) ## run the tests on all cores, without the slow ones and those that need a GPU
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 # Status 5 says that no test carries the marker.
 test-slow: $(STAMP) ## run the tests that take more than a minute

@@ -7,9 +7,13 @@ from pathlib import Path
 
 import pytest
 
-# Set before torch is imported, and inherited by the processes that tests start. Two threads
-# everywhere: the order of a sum, and with it the last bit, must not depend on the machine.
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+# Set before torch is imported, and inherited by the processes that tests start. The same number of
+# threads everywhere: the order of a sum, and with it the last bit, must not depend on the machine.
+# Where every core runs tests, two would only wait for each other.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
+else:
+    os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ["BENTOML_DO_NOT_TRACK"] = "True"
