@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import httpx
+import pybase64
 
 from registry.search import Query
 from service.errors import RequestRefused, ServiceUnreachable
@@ -232,7 +232,7 @@ def image_of(encoded: str | None) -> bytes:
     """The image file in a candidate's ``image``, which must be among the first ``top``."""
     if encoded is None:
         raise ValueError("this candidate carries no image; ask for a larger top")
-    return base64.b64decode(encoded)
+    return pybase64.b64decode(encoded)
 
 
 def _if_match(expect: int | None) -> dict[str, str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import threading
 import time
 from collections.abc import Callable
@@ -12,6 +11,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
+import orjson
+import pybase64
 from starlette.datastructures import UploadFile
 from starlette.requests import Request
 from starlette.responses import Response
@@ -320,7 +321,7 @@ class Completions:
             timings_ms=_milliseconds(answer.timings_s),
         )
         headers = {"Vary": "Accept", "X-Adapter-Digest": answer.version.digest}
-        return Response(view.model_dump_json(), media_type="application/json", headers=headers)
+        return Response(_json(view), media_type="application/json", headers=headers)
 
     def _drawn(self, ask: Ask, answer: Answer) -> list[tuple[str, str | None]]:
         """Image and evidence of the first candidates, as text; side by side."""
@@ -354,7 +355,12 @@ def _drawn(ask: Ask, answer: Answer, place: int) -> tuple[str, str | None]:
 
 
 def _text(file: bytes) -> str:
-    return base64.b64encode(file).decode("ascii")
+    return pybase64.b64encode_as_string(file)
+
+
+def _json(view: CompletionView) -> bytes:
+    """As pydantic writes it, which takes 1 ms for a megabyte of pictures."""
+    return orjson.dumps(view.model_dump(mode="json"))
 
 
 def _milliseconds(seconds: dict[str, float]) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from io import BytesIO
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -11,14 +12,22 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from realfill.nano.photographs import photograph
+from service import png
 from service.png import write_png
 
 
-@given(height=st.integers(1, 140), width=st.integers(1, 40), seed=st.integers(0, 9))
-def test_every_bit_comes_back(height: int, width: int, seed: int) -> None:
-    """Noise has every difference that there is, overflows too."""
+@given(
+    height=st.integers(1, 140),
+    width=st.integers(1, 40),
+    band_bytes=st.sampled_from([1, 500, 5000, png.BAND_BYTES]),
+    seed=st.integers(0, 9),
+)
+def test_every_bit_comes_back(height: int, width: int, band_bytes: int, seed: int) -> None:
+    """Noise has every difference that there is, overflows too; bands of any height."""
     colours = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
-    with Image.open(BytesIO(write_png(colours))) as image:
+    with patch.object(png, "BAND_BYTES", band_bytes):
+        written = write_png(colours)
+    with Image.open(BytesIO(written)) as image:
         assert (image.format, image.mode) == ("PNG", "RGB")
         assert np.array_equal(np.asarray(image), colours)
 
