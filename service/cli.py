@@ -66,7 +66,13 @@ def serve(**options: Any) -> None:
 # NumPy and SciPy spin for 30 ms after each seam, and would take a core from the lane. The lane's
 # spin for 10 ms unless told otherwise (300000 turns), and take a core from whoever writes the
 # answer; so many turns, 2 to 4 ms, are still longer than the lane's pauses between operations.
-THREADS = {"OPENBLAS_NUM_THREADS": "1", "GOMP_SPINCOUNT": "50000"}
+# Scenes are made ready by many threads; where each has a heap of its own, memory that one scene
+# leaves is not there for the next.
+LIBRARIES = {
+    "OPENBLAS_NUM_THREADS": "1",
+    "GOMP_SPINCOUNT": "50000",
+    "MALLOC_ARENA_MAX": "2",
+}
 
 
 def environment_of(settings: Settings) -> dict[str, str]:
@@ -79,8 +85,8 @@ def environment_of(settings: Settings) -> dict[str, str]:
         if path.exists():
             values[name] = str(path.resolve())
     variables = {PREFIX + name.upper(): str(value) for name, value in values.items()}
-    threads = {name: os.environ.get(name, value) for name, value in THREADS.items()}
-    return {**variables, **threads, "BENTOML_DO_NOT_TRACK": "True"}
+    libraries = {name: os.environ.get(name, value) for name, value in LIBRARIES.items()}
+    return {**variables, **libraries, "BENTOML_DO_NOT_TRACK": "True"}
 
 
 def _supervise(settings: Settings, port: int, environment: Mapping[str, str]) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from service.cli import THREADS, complete, environment_of, serve
+from service.cli import LIBRARIES, complete, environment_of, serve
 from service.settings import load_settings
 from tests.fakes import encoded, hole, photo
 
@@ -37,15 +37,15 @@ def test_serve_refuses_bad_settings_in_one_sentence(options: list[str], sentence
     assert ended.output.count("\n") == 1
 
 
-def test_idle_threads_give_their_cores_back_as_they_do_in_the_image(
+def test_libraries_are_set_as_they_are_in_the_image(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """What libraries read when they are loaded: ours unless the caller has set it."""
-    for name in THREADS:
+    """Idle threads give their cores back, and heaps are few, unless the caller has set it."""
+    for name in LIBRARIES:
         monkeypatch.delenv(name, raising=False)
     bentofile = (Path(__file__).parents[2] / "bentofile.yaml").read_text()
     found = environment_of(load_settings())
-    for name, value in THREADS.items():
+    for name, value in LIBRARIES.items():
         assert found[name] == value
         assert f'name: {name}\n    value: "{value}"\n' in bentofile
     monkeypatch.setenv("GOMP_SPINCOUNT", "7")
