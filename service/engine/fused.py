@@ -25,6 +25,7 @@ from kernels.merge_lora import merge_lora_
 from realfill.base import target_layers
 from realfill.capsule import Adapter
 from service.engine.arena import Tier, TierMetrics
+from service.engine.conditioning import Conditioned, Joined, conditioning_of
 from service.engine.fusion import install_fusion
 from service.engine.layers import Exact, Installed, Packed, Parting, Parts, exact_layers
 from service.engine.program import (
@@ -115,18 +116,24 @@ class FusedWeights:
 
     def _install(self, unet: nn.Module) -> Installed:
         installed, given = Installed(), Given()
+        groups = []
         for place, exact in enumerate(self._layers):
             layer = GivenLayer(exact, given, place)
             if len(exact.modules) == 1:
                 installed.install(exact.module, layer)
                 continue
+            groups.append(Joined(exact.modules, layer, exact.out_sizes))
             joined = JoinedLayers(layer, exact.out_sizes)
             self._joined.append(joined)
             for member, module in enumerate(exact.modules):
                 installed.install(module, partial(joined.outcome, member))
         installed.methods += install_fusion(unet).methods
+        conditioning = conditioning_of(unet, groups)
+        if conditioning is not None:
+            conditioning.install(installed)
         programs = Programs(partial(self._by_layers, partial(type(unet).forward, unet)), given)
-        installed.install(unet, PartedNetwork(programs, self._parting, self._weights_for))
+        self._network = PartedNetwork(programs, self._parting, self._weights_for, conditioning)
+        installed.install(unet, self._network)
         return installed
 
     def _by_layers(
@@ -214,6 +221,16 @@ class FusedWeights:
             one is not other for one, other in zip(weights, named, strict=True)
         )
         self._compose(Parts(tuple(ends), weights), tuple(part.digest for part in parts))
+
+    def conditioned(
+        self, digest: str | None, timesteps: Tensor, prompt: Tensor
+    ) -> Conditioned | None:
+        """By the set's weights; see ``Weights``."""
+        kept = None if digest is None else self._held(digest)
+        self._check([kept])
+        weights = None if kept is None else kept.weights
+        made = self._network.conditioned(timesteps, prompt[None], weights)
+        return made and Conditioned(made.times, made.prompts[0])
 
     def share(self, start: int, stop: int) -> AbstractContextManager[None]:
         """Another thread that enters this computes some of the samples of the batch as composed.

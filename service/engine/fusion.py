@@ -34,7 +34,7 @@ def install_fusion(unet: UNet2DConditionModel) -> Installed:
     of other kinds than SD2's stay as they are.
     """
     installed = Installed()
-    activated = _times_are_plain(unet)
+    activated = times_are_plain(unet)
     if activated:
         installed.install(unet.time_embedding, ActivatedTimes(unet.time_embedding))
     for block in unet.modules():
@@ -102,7 +102,7 @@ def _adds_time(block: ResnetBlock2D) -> bool:
     return block.time_emb_proj is not None and block.time_embedding_norm == "default"
 
 
-def _times_are_plain(unet: UNet2DConditionModel) -> bool:
+def times_are_plain(unet: UNet2DConditionModel) -> bool:
     """Whether every reader of the timestep's embedding does its SiLU first, and adds nothing."""
     blocks = [block for block in unet.modules() if isinstance(block, ResnetBlock2D)]
     besides = (unet.class_embedding, unet.time_embed_act, unet.config.addition_embed_type)
@@ -110,6 +110,25 @@ def _times_are_plain(unet: UNet2DConditionModel) -> bool:
         _is_plain_resnet(block) and _adds_time(block) and not block.skip_time_act
         for block in blocks
     )
+
+
+def plain_cross_attention(unet: UNet2DConditionModel) -> list[PlainAttention]:
+    """All that reads prompts in a fused U-Net; nothing where something else reads them too."""
+    config = unet.config
+    if any(config[name] is not None for name in ("encoder_hid_dim_type", "addition_embed_type")):
+        return []
+    found = []
+    for module in unet.modules():
+        way = vars(module).get("forward")
+        if isinstance(module, Attention) and module.is_cross_attention:
+            if not isinstance(way, PlainAttention):
+                return []
+            found.append(way)
+        if isinstance(module, BasicTransformerBlock) and (
+            not isinstance(way, FusedResiduals) or module.only_cross_attention
+        ):
+            return []
+    return found
 
 
 def _is_plain_transformer(block: BasicTransformerBlock) -> bool:

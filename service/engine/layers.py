@@ -4,8 +4,10 @@ On a CPU in float32 they also make a sample's value independent of its batch: th
 choose algorithms by the number of rows, so that a sample alone and the same sample among sixteen
 would differ in their last bits. Two choices are taken away from them: all layers run on oneDNN with
 weights packed once, and products of few rows are filled up to sixteen. Everything else in a U-Net
-computes sample by sample anyway. On AMD's processors oneDNN is also more than twice as fast as the
-MKL that PyTorch takes for linear layers (docs/engine.md).
+computes sample by sample anyway, or value by value in steps of 32 with AVX-512: what is left over
+is computed by another routine, so that the features of a sample must be a multiple of 32, as those
+of Stable Diffusion's U-Nets and of ``nano`` are. On AMD's processors oneDNN is also more than twice
+as fast as the MKL that PyTorch takes for linear layers (docs/engine.md).
 """
 
 from __future__ import annotations

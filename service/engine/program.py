@@ -16,7 +16,7 @@ import logging
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeGuard
@@ -27,6 +27,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor, nn
 
+from service.engine.conditioning import Conditioned, Conditioning
 from service.engine.layers import Exact, Packed, Parting
 
 logger = logging.getLogger(__name__)
@@ -122,8 +123,8 @@ class Programs:
 
         Args:
             latents: And what is known of the picture. [N, C, h, w]
-            timesteps: [N]
-            prompts: [N, L, D]
+            timesteps: Or what was made of them. [N] or [N, T]
+            prompts: Or what was made of them. [N, L, D]
             weights: Names a packed weight for each of its layers, for so many samples.
         """
         given = (latents, timesteps, prompts)
@@ -158,6 +159,10 @@ class Programs:
         with self._given.by(weights):
             return self._network(latents, timesteps, prompts)
 
+    def by(self, weights: Sequence[Tensor]) -> AbstractContextManager[None]:
+        """The calling thread's layers compute with these, one for each layer."""
+        return self._given.by(weights)
+
     @torch.no_grad()
     def _traced(
         self,
@@ -187,32 +192,64 @@ class PartedNetwork:
 
     Attributes:
         weights_of: The packed weights of a part for so many samples, given its set or None.
+        conditioning: What is made of timesteps and prompts before the programs, which then take
+            that in their place; None where these do it themselves.
     """
 
     programs: Programs
     parting: Parting
     weights_of: Callable[[Sequence[Packed | None] | None, int], Sequence[Tensor]]
+    conditioning: Conditioning | None = None
 
     def __call__(
         self,
         sample: Tensor,
         timestep: Tensor,
-        encoder_hidden_states: Tensor,
+        encoder_hidden_states: Tensor | Sequence[Tensor],
         return_dict: bool = True,
     ) -> UNet2DConditionOutput | tuple[Tensor]:
-        """As ``UNet2DConditionModel.forward``. [N, C, h, w]"""
-        timesteps = timestep.expand(len(sample))
-        pieces = [
-            self.programs.run(
-                sample[start:stop],
-                timesteps[start:stop],
-                encoder_hidden_states[start:stop],
-                partial(self.weights_of, weights),
-            )
-            for start, stop, weights in self.parting.parts.pieces(len(sample), AT_ONCE)
-        ]
+        """As ``UNet2DConditionModel.forward``. [N, C, h, w]
+
+        Where there is a conditioning, a sequence of prompts says that they and the timesteps are
+        what ``conditioned`` makes of them.
+        """
+        prompts = encoder_hidden_states
+        timesteps = timestep.expand(len(sample)) if isinstance(prompts, Tensor) else timestep
+        pieces = []
+        for start, stop, chosen in self.parting.parts.pieces(len(sample), AT_ONCE):
+            times, of_piece = timesteps[start:stop], prompts[start:stop]
+            if not isinstance(of_piece, Tensor):
+                told = Conditioned(times, _together(of_piece))
+            else:
+                told = self.conditioned(times, of_piece, chosen) or Conditioned(times, of_piece)
+            weights = partial(self.weights_of, chosen)
+            pieces.append(self.programs.run(sample[start:stop], *told, weights))
         outcome = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         return UNet2DConditionOutput(sample=outcome) if return_dict else (outcome,)
+
+    @torch.no_grad()
+    def conditioned(
+        self, timesteps: Tensor, prompts: Tensor, chosen: Sequence[Packed | None] | None
+    ) -> Conditioned | None:
+        """What is made of timesteps and prompts with a set's weights; None where nothing is.
+
+        Args:
+            timesteps: [S]
+            prompts: [N, L, D]
+            chosen: The set; None for the network's own weights.
+        """
+        if self.conditioning is None:
+            return None
+        with self.programs.by(self.weights_of(chosen, 1)):
+            return self.conditioning.of(timesteps, prompts)
+
+
+def _together(prompts: Sequence[Tensor]) -> Tensor:
+    """Of several samples; not copied where all are one. [L, P] each to [N, L, P]"""
+    first = prompts[0]
+    if all(prompt is first for prompt in prompts):
+        return first.expand(len(prompts), *first.shape)
+    return torch.stack(list(prompts))
 
 
 def layers_that_read_alike(network: nn.Module) -> list[list[nn.Module]]:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from diffusers import UNet2DConditionModel
-from diffusers.models.attention import BasicTransformerBlock
-from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
-from service.engine.token_blocks import FusedResiduals, Place, PlainAttention
+from service.engine.fusion import plain_cross_attention
+from service.engine.token_blocks import Place, PlainAttention
 
 # Goes with the tensor to the U-Net.
 TOLD = {"cross_attention_kwargs": {"projected": True}}
@@ -50,20 +49,5 @@ class ProjectedPrompts:
 
 def projected_prompts(unet: UNet2DConditionModel) -> ProjectedPrompts | None:
     """For a U-Net that ``install_fusion`` fused; None where something else reads prompts too."""
-    config = unet.config
-    if "forward" in vars(unet) or any(
-        config[name] is not None for name in ("encoder_hid_dim_type", "addition_embed_type")
-    ):
-        return None
-    layers = []
-    for module in unet.modules():
-        way = vars(module).get("forward")
-        if isinstance(module, Attention) and module.is_cross_attention:
-            if not isinstance(way, PlainAttention):
-                return None
-            layers.append(way)
-        if isinstance(module, BasicTransformerBlock) and (
-            not isinstance(way, FusedResiduals) or module.only_cross_attention
-        ):
-            return None
+    layers = [] if "forward" in vars(unet) else plain_cross_attention(unet)
     return ProjectedPrompts(layers) if layers else None

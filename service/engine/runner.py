@@ -124,7 +124,7 @@ class Runner:
         self._pictures: Pictures = LoosePictures(base, one_by_one=exact)
         self._fused: list[Installed] = []
         if static:
-            self._fused = [install_fusion(base.unet), install_picture_fusion(base.autoencoder)]
+            self._fused = _install_fusions(base, application)
             captures = Captures(base.device)
             self.buckets = Buckets(base, max_samples, self._attending, captures)
             self._pictures = StaticPictures(base, captures)
@@ -187,10 +187,13 @@ class Runner:
     def begin(self, job: Job) -> list[Sample]:
         """Encode a job's conditions and draw the noise that its samples start from."""
         target, mask = self._sent(job.target), self._sent(job.mask)
+        table = self._sampler(job.sampler, job.steps)
+        prompt = self._sent(job.prompt_embedding.to(self.base.dtype))
         told = Conditions(
             known=conditions(self.base, target, mask, encode=self._pictures.encode)[0],
-            prompt=self._sent(job.prompt_embedding.to(self.base.dtype)),
-            table=self._sampler(job.sampler, job.steps),
+            prompt=prompt,
+            table=table,
+            conditioned=self.weights.conditioned(job.digest, table.timesteps, prompt),
         )
         shape = (self.base.latent_channels, *told.known.shape[-2:])
         # Drawn while a GPU encodes, and brought there at once.
@@ -259,12 +262,16 @@ class Runner:
         base = self.base
         latents = torch.stack([s.latents for s in samples])
         known = torch.stack([s.told.known for s in samples])
-        timesteps = torch.stack([s.told.table.timesteps[s.index] for s in samples])
+        times = torch.stack([s.told.time(s.index) for s in samples])
+        kept = [s.told.conditioned for s in samples]
+        prompts: Tensor | list[Tensor] = [one.prompts for one in kept if one is not None]
+        if not prompts:
+            prompts = torch.stack([s.told.prompt for s in samples])
         with self._attending():
             prediction = base.unet(
                 torch.cat([latents.to(base.dtype), known], dim=1),
-                timesteps,
-                encoder_hidden_states=torch.stack([s.told.prompt for s in samples]),
+                times,
+                encoder_hidden_states=prompts,
                 return_dict=False,
             )[0]
         rows = torch.stack([s.told.table.coefficients[s.index] for s in samples])
@@ -364,6 +371,12 @@ class Runner:
             # Buckets take numbers from its tables, which must not wait for the device.
             self._samplers[key] = built if self.buckets else built.to(self.base.device)
         return self._samplers[key]
+
+
+def _install_fusions(base: Base, application: Application) -> list[Installed]:
+    """Join small operations of the autoencoder's and the U-Net's; fused weights do the latter."""
+    installed = [install_picture_fusion(base.autoencoder)]
+    return installed if application == "fused" else [*installed, install_fusion(base.unet)]
 
 
 def _is_for_many(samples: int, scenes: int, cores: int) -> bool:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from realfill.complete.samplers import Sampler, noise_for
+from service.engine.conditioning import Conditioned
 
 
 @dataclass(eq=False)
@@ -19,11 +20,19 @@ class Conditions:
         known: Mask and masked image. [1 + C, h, w]
         prompt: [77, d]
         table: The sampler; on the CPU where steps have buffers of their own.
+        conditioned: What the U-Net takes in the place of timesteps and prompt, if it was made. Of
+            every step [S, T], and of the prompt [77, P].
     """
 
     known: Tensor
     prompt: Tensor
     table: Sampler
+    conditioned: Conditioned | None = None
+
+    def time(self, index: int) -> Tensor:
+        """What the U-Net takes of a step's timestep. [] or [T]"""
+        kept = self.conditioned
+        return self.table.timesteps[index] if kept is None else kept.times[index]
 
     @cached_property
     def rows(self) -> list[tuple[Tensor, Tensor]]:

@@ -287,6 +287,9 @@ class SegmentedWeights:
             self._current = wanted
             self.writes += 1
 
+    def conditioned(self, digest: str | None, timesteps: Tensor, prompt: Tensor) -> None:
+        """Nothing; buckets project prompts."""
+
     def tiers(self) -> Mapping[str, TierMetrics]:
         """The arena, under "device", all rank classes together."""
         metrics = [rank_class.tier.metrics() for rank_class in list(self._classes.values())]

@@ -6,8 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from torch import Tensor
+
 from realfill.capsule import Adapter
 from service.engine.arena import TierMetrics
+from service.engine.conditioning import Conditioned
 
 
 class SpoiltWeights(RuntimeError):
@@ -104,6 +107,24 @@ class Weights(Protocol):
         Raises:
             SpoiltWeights: Weights were written from elsewhere. They are sound again afterwards, but
                 this batch must not be drawn.
+        """
+        ...
+
+    def conditioned(
+        self, digest: str | None, timesteps: Tensor, prompt: Tensor
+    ) -> Conditioned | None:
+        """What the network makes of a job's timesteps and prompt alone, to be told to it by steps.
+
+        Args:
+            digest: Of the adapter, which must have been taken; None for the base alone.
+            timesteps: Of all steps. [S]
+            prompt: [L, D]
+
+        Returns:
+            None where the network takes timesteps and prompts as they are.
+
+        Raises:
+            SpoiltWeights: As ``apply``.
         """
         ...
 

@@ -108,7 +108,11 @@ def test_unet_gets_latents_mask_and_masked_image_in_this_order(base: Base) -> No
     hidden = torch.where(job.mask > 0, torch.full_like(job.target, 0.5), job.target)
     assert torch.equal(first[0, 5:], base.encode(hidden[None])[0])
     assert torch.equal(first[:, 4:], inputs[-1][:, 4:])
-    assert [t.tolist() for t in timesteps] == [[t, t] for t in (751, 501, 251, 1)]
+    network = vars(base.unet)["forward"]
+    for given, timestep in zip(timesteps, (751, 501, 251, 1), strict=True):
+        prompts = job.prompt_embedding.expand(1, -1, -1)
+        told = network.conditioned(torch.tensor([timestep]), prompts, None)
+        assert torch.equal(given, told.times.expand(2, -1))
 
 
 def test_hidden_pixels_have_no_influence(base: Base) -> None:
