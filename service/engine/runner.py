@@ -43,8 +43,8 @@ ARENA_BYTES = {"cpu": 2**30, "cuda": 2**32}
 AT_ONCE = 8
 # Samples of one scene from which a call of their own is no slower than one with other scenes beside
 # them, on a CPU without a crew: on two cores with nano two scenes of eight took 158 ms a step apart
-# and 162 ms together. Where a crew shares the batches scenes never run apart, which would be slower
-# for eight, four and two of each (rows engine.apart_ms.*); nor on a GPU: on an H200 with SD 2, two
+# and 162 ms together. Where a crew shares the batches scenes never run apart, which would be no
+# quicker for eight of each and slower for fewer (rows engine.apart_ms.*); nor on a GPU: on an H200 with SD 2, two
 # of eight took 1, 4 and 5 % longer apart in three runs, and fewer samples far longer (.cuda).
 SPLIT_FROM = 8
 
