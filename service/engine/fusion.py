@@ -71,6 +71,12 @@ def install_picture_fusion(autoencoder: nn.Module) -> Installed:
     return installed
 
 
+def install_fusions(autoencoder: nn.Module, unet: UNet2DConditionModel | None) -> list[Installed]:
+    """Both of the above, or the autoencoder's alone."""
+    installed = [install_picture_fusion(autoencoder)]
+    return installed if unet is None else [*installed, install_fusion(unet)]
+
+
 def _fuse_last_norm(network: nn.Module, installed: Installed) -> None:
     """The norm and the activation before the last convolution, where there are such."""
     norm, act = (getattr(network, name, None) for name in ("conv_norm_out", "conv_act"))

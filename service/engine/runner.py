@@ -22,12 +22,12 @@ from service.engine.buckets import Buckets
 from service.engine.captures import Captures
 from service.engine.cores import Crew, crew_for
 from service.engine.fused import FusedWeights
-from service.engine.fusion import install_fusion, install_picture_fusion
+from service.engine.fusion import install_fusions
 from service.engine.job import Job, Sampled
 from service.engine.layers import Installed, is_exact
 from service.engine.moment import CudaMoment, HostMoment, Moment
 from service.engine.pictures import LoosePictures, Pictures, StaticPictures
-from service.engine.sample import Conditions, Sample
+from service.engine.sample import Conditions, Sample, times_and_prompts
 from service.engine.segmented import SegmentedWeights
 from service.engine.staging import pinned
 from service.engine.weights import Part, Weights
@@ -44,8 +44,8 @@ AT_ONCE = 8
 # Samples of one scene from which a call of their own is no slower than one with other scenes beside
 # them, on a CPU without a crew: on two cores with nano two scenes of eight took 158 ms a step apart
 # and 162 ms together. Where a crew shares the batches scenes never run apart, which would be no
-# quicker for eight of each and slower for fewer (rows engine.apart_ms.*); nor on a GPU: on an H200 with SD 2, two
-# of eight took 1, 4 and 5 % longer apart in three runs, and fewer samples far longer (.cuda).
+# quicker for eight of each and slower for fewer (rows engine.apart_ms.*); nor on a GPU: on an H200
+# with SD 2, two of eight took 1, 4 and 5 % longer apart in three runs, fewer far longer (.cuda).
 SPLIT_FROM = 8
 
 
@@ -124,7 +124,9 @@ class Runner:
         self._pictures: Pictures = LoosePictures(base, one_by_one=exact)
         self._fused: list[Installed] = []
         if static:
-            self._fused = _install_fusions(base, application)
+            # Fused weights fuse the U-Net's blocks as well.
+            unet = None if application == "fused" else base.unet
+            self._fused = install_fusions(base.autoencoder, unet)
             captures = Captures(base.device)
             self.buckets = Buckets(base, max_samples, self._attending, captures)
             self._pictures = StaticPictures(base, captures)
@@ -262,11 +264,7 @@ class Runner:
         base = self.base
         latents = torch.stack([s.latents for s in samples])
         known = torch.stack([s.told.known for s in samples])
-        times = torch.stack([s.told.time(s.index) for s in samples])
-        kept = [s.told.conditioned for s in samples]
-        prompts: Tensor | list[Tensor] = [one.prompts for one in kept if one is not None]
-        if not prompts:
-            prompts = torch.stack([s.told.prompt for s in samples])
+        times, prompts = times_and_prompts(samples)
         with self._attending():
             prediction = base.unet(
                 torch.cat([latents.to(base.dtype), known], dim=1),
@@ -371,12 +369,6 @@ class Runner:
             # Buckets take numbers from its tables, which must not wait for the device.
             self._samplers[key] = built if self.buckets else built.to(self.base.device)
         return self._samplers[key]
-
-
-def _install_fusions(base: Base, application: Application) -> list[Installed]:
-    """Join small operations of the autoencoder's and the U-Net's; fused weights do the latter."""
-    installed = [install_picture_fusion(base.autoencoder)]
-    return installed if application == "fused" else [*installed, install_fusion(base.unet)]
 
 
 def _is_for_many(samples: int, scenes: int, cores: int) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -28,11 +29,6 @@ class Conditions:
     prompt: Tensor
     table: Sampler
     conditioned: Conditioned | None = None
-
-    def time(self, index: int) -> Tensor:
-        """What the U-Net takes of a step's timestep. [] or [T]"""
-        kept = self.conditioned
-        return self.table.timesteps[index] if kept is None else kept.times[index]
 
     @cached_property
     def rows(self) -> list[tuple[Tensor, Tensor]]:
@@ -71,3 +67,18 @@ class Sample:
     def finished(self) -> bool:
         """Whether its latents are ready to decode."""
         return self.index == self.told.table.steps
+
+
+def times_and_prompts(samples: Sequence[Sample]) -> tuple[Tensor, Tensor | list[Tensor]]:
+    """What the U-Net takes of the next step's timesteps and of prompts, as its jobs were told.
+
+    Returns:
+        [N] and [N, 77, d]; or [N, T] and [77, P] each, where they were conditioned before.
+    """
+    kept = [sample.told.conditioned for sample in samples]
+    prompts = [one.prompts for one in kept if one is not None]
+    if not prompts:
+        timesteps = torch.stack([s.told.table.timesteps[s.index] for s in samples])
+        return timesteps, torch.stack([sample.told.prompt for sample in samples])
+    steps = zip(kept, samples, strict=True)
+    return torch.stack([one.times[s.index] for one, s in steps if one is not None]), prompts

@@ -58,12 +58,14 @@ def test_split_gradients_are_those_of_the_whole() -> None:
     rough = training_dtype("cpu") == torch.bfloat16
     tolerance = 0.1 if rough else 1e-4
     assert float(loss) == pytest.approx(float(whole.detach()), rel=tolerance)
+    # Where terms cancel, a gradient errs by their size, not its own: by 0.15 % of the largest.
+    least = 2e-2 if rough else 1e-2
     largest = max(float(gradient.norm()) for gradient in expected.values())
     for name, parameter in parameters:
         if name in expected:
             assert parameter.grad is not None
             apart = float((parameter.grad - expected[name]).norm())
-            assert apart <= tolerance * (float(expected[name].norm()) + 1e-2 * largest), name
+            assert apart <= tolerance * (float(expected[name].norm()) + least * largest), name
 
 
 @pytest.mark.gpu
