@@ -130,6 +130,7 @@ class FusedWeights:
         installed.methods += install_fusion(unet).methods
         conditioning = conditioning_of(unet, groups)
         if conditioning is not None:
+            # Over what was installed above: programs are given the outcomes of these layers.
             conditioning.install(installed)
         programs = Programs(partial(self._by_layers, partial(type(unet).forward, unet)), given)
         self._network = PartedNetwork(programs, self._parting, self._weights_for, conditioning)
