@@ -17,6 +17,7 @@ from benchmarks.engine.bench import Bench
 from benchmarks.engine.limits import flops_per_sample_step, peak_flops_per_s
 from benchmarks.engine.mixing import (
     Mixing,
+    measure_apart,
     measure_lone,
     measure_mixing,
     measure_waits,
@@ -125,7 +126,7 @@ def bench_compiled(bench: Bench) -> list[Row]:
 
 
 def bench_mixed(bench: Bench) -> list[Row]:
-    """A step of as many scenes as samples against one scene; where calls of their own pay off."""
+    """A step of as many scenes as samples against one scene, and the same by PEFT."""
     rows, samples = [], max(bench.batches)
     options: list[tuple[str, Base, int, Application]] = [
         ("", bench.base, bench.rank, "auto"),
@@ -157,23 +158,29 @@ def bench_mixed(bench: Bench) -> list[Row]:
             peer_value=one_ms,
         )
         rows += [overhead, step]
+    peft = measure_mixed(bench.base, batch=samples, rank=bench.rank, repeats=bench.repeats)
+    pct = 100 * (median(peft.mixed_s) / median(peft.fused_s) - 1)
+    rows.append(bench.keep("engine.peft_mixed_overhead_pct", pct, "%", better="lower"))
+    return rows
+
+
+def bench_apart(bench: Bench) -> list[Row]:
+    """Scenes of several samples in calls of their own, against one call for all."""
+    rows, samples = [], max(bench.batches)
     for scenes in sorted({samples // 8, samples // 4, samples // 2} - {0, 1}):
-        mixing = measure_mixing(
+        measured = measure_apart(
             bench.base, scenes=scenes, samples=samples, rank=bench.rank, repeats=bench.repeats
         )
         rows.append(
             bench.keep(
                 f"engine.apart_ms.s{samples // scenes}",
-                1000 * median(mixing.apart_s),
+                1000 * median(measured.apart_s),
                 "ms",
                 better="lower",
                 peer=f"{scenes} scenes in one call",
-                peer_value=1000 * median(mixing.mixed_s),
+                peer_value=1000 * median(measured.together_s),
             )
         )
-    peft = measure_mixed(bench.base, batch=samples, rank=bench.rank, repeats=bench.repeats)
-    pct = 100 * (median(peft.mixed_s) / median(peft.fused_s) - 1)
-    rows.append(bench.keep("engine.peft_mixed_overhead_pct", pct, "%", better="lower"))
     return rows
 
 
@@ -263,6 +270,7 @@ PARTS: dict[str, Callable[[Bench], list[Row]]] = {
     "swap": bench_swap,
     "rate": bench_rate,
     "mixed": bench_mixed,
+    "apart": bench_apart,
     "threads": bench_threads,
     "lane": bench_lane,
     "diffusers": bench_diffusers,

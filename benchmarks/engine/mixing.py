@@ -35,17 +35,28 @@ class Mixing:
     Attributes:
         one_s: All samples of one scene.
         mixed_s: A scene for every few samples, in one call.
-        apart_s: The same, every scene in a call of its own.
     """
 
     one_s: list[float]
     mixed_s: list[float]
-    apart_s: list[float]
 
     @property
     def overhead_pct(self) -> float:
         """How much longer than one scene the mixed batch takes, in per cent."""
         return 100 * (median(self.mixed_s) / median(self.one_s) - 1)
+
+
+@dataclass(frozen=True)
+class Apart:
+    """Seconds of one step of a batch of several scenes, in turns.
+
+    Attributes:
+        together_s: In one call.
+        apart_s: Every scene in a call of its own.
+    """
+
+    together_s: list[float]
+    apart_s: list[float]
 
 
 def paper_like(base: Base) -> Base:
@@ -72,40 +83,70 @@ def measure_mixing(
         repeats: Timings of each, on a GPU of several steps in a row.
         application: The way of applying adapters.
     """
+    runner, one, groups = _batches(base, scenes, samples, rank, application)
+    mixed = [sample for group in groups for sample in group]
+    one_s, mixed_s = _in_turns(
+        runner, repeats, partial(runner.step, one), partial(runner.step, mixed)
+    )
+    runner.release()
+    return Mixing(one_s, mixed_s)
+
+
+def measure_apart(base: Base, *, scenes: int, samples: int, rank: int, repeats: int) -> Apart:
+    """Step batches of several scenes, in one call and in one for each scene.
+
+    Args:
+        base, scenes, samples, rank, repeats: As for ``measure_mixing``.
+    """
+    runner, _, groups = _batches(base, scenes, samples, rank, "auto")
+    together = [sample for group in groups for sample in group]
+
+    def apart() -> None:
+        for group in groups:
+            runner.step(group)
+
+    together_s, apart_s = _in_turns(runner, repeats, partial(runner.step, together), apart)
+    runner.release()
+    return Apart(together_s, apart_s)
+
+
+def _batches(
+    base: Base, scenes: int, samples: int, rank: int, application: Application
+) -> tuple[Runner, list[Sample], list[list[Sample]]]:
+    """A runner, a batch of its first scene, and as many samples of all its scenes, by scene."""
     adapters = [random_adapter(base, rank=rank, seed=seed) for seed in range(scenes)]
     runner = Runner(base, application=application, max_samples=samples, split_from=samples + 1)
     groups = [
         _begun(runner, base, adapter, f"{k:064d}", samples // scenes)
         for k, adapter in enumerate(adapters)
     ]
-    one = _begun(runner, base, adapters[0], f"{0:064d}", samples)
-    mixed = [sample for group in groups for sample in group]
+    return runner, _begun(runner, base, adapters[0], f"{0:064d}", samples), groups
 
-    def apart() -> None:
-        for group in groups:
-            runner.step(group)
 
-    seconds: dict[str, list[float]] = {"one": [], "mixed": [], "apart": []}
-    ways: dict[str, Callable[[], None]] = {
-        "one": partial(runner.step, one),
-        "mixed": partial(runner.step, mixed),
-        "apart": apart,
-    }
-    in_a_row = IN_A_ROW[base.device.type]
+def _in_turns(
+    runner: Runner, repeats: int, *steps: Callable[[], None]
+) -> tuple[list[float], list[float]]:
+    """Seconds of either way to step, each as often the first of a turn as the other.
+
+    A GPU's clock falls while it is busy and rises while it is not: who always follows the other
+    would be measured on a slower one.
+    """
+    device = runner.base.device
+    in_a_row = IN_A_ROW[device.type]
+    seconds: tuple[list[float], list[float]] = ([], [])
 
     def several(step: Callable[[], None]) -> None:
         for _ in range(in_a_row):
             step()
 
     for turn in range(repeats):
-        for name, step in ways.items():
-            # Where weights are merged in place, and steps have buffers of their own, only the
-            # second step in a row is one of a batch that stays as it is.
-            warm_up = int(turn == 0 or runner.weights.name == "segmented")
-            taken = repeated(partial(several, step), 1, base.device, warm_up=warm_up)
-            seconds[name] += [s / in_a_row for s in taken]
-    runner.release()
-    return Mixing(seconds["one"], seconds["mixed"], seconds["apart"])
+        # Where weights are merged in place, and steps have buffers of their own, only the second
+        # step in a row is one of a batch that stays as it is.
+        warm_up = int(turn == 0 or runner.weights.name == "segmented")
+        for way in (0, 1) if turn % 2 == 0 else (1, 0):
+            taken = repeated(partial(several, steps[way]), 1, device, warm_up=warm_up)
+            seconds[way].extend(s / in_a_row for s in taken)
+    return seconds
 
 
 def _begun(runner: Runner, base: Base, adapter: Adapter, digest: str, samples: int) -> list[Sample]:

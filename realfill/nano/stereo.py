@@ -44,11 +44,12 @@ def check_stereo(matcher: Matcher, *, through_px: int | None = None) -> StereoCh
     ]
     left, right = (matcher.features(torch.from_numpy(p)[None, None] / 255) for p in pixels)
     found = matcher.match(left, right)
-    column = (found.points0[:, 0] / scale).round().long().clamp(max=disparity.shape[1] - 1)
-    row = (found.points0[:, 1] * disparity.shape[0] / height).round().long()
+    begins, ends = found.points0.cpu(), found.points1.cpu()
+    column = (begins[:, 0] / scale).round().long().clamp(max=disparity.shape[1] - 1)
+    row = (begins[:, 1] * disparity.shape[0] / height).round().long()
     true = disparity[row.clamp(max=disparity.shape[0] - 1), column] * scale
-    across = found.points0[:, 0] - true - found.points1[:, 0]
-    error = torch.hypot(across, found.points0[:, 1] - found.points1[:, 1])
+    across = begins[:, 0] - true - ends[:, 0]
+    error = torch.hypot(across, begins[:, 1] - ends[:, 1])
     known = true.isfinite()
     share = (error[known] <= CELL_PX).float().mean() if known.any() else torch.zeros(())
     return StereoCheck(len(found), float(share))

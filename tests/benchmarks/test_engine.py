@@ -87,7 +87,7 @@ def test_the_command_records_its_rows(tmp_path: Path) -> None:
     words = ["--base", str(save_tiny_base(tmp_path / "base")), "--rows", str(tmp_path / "rows")]
     words += ["--steps", "1", "--samples", "2", "--repeats", "1", "--rank", "2"]
     words += ["--largest", "4"]
-    for part in ("swap", "rate", "mixed", "threads", "lane", "diffusers", "infer"):
+    for part in ("swap", "rate", "mixed", "apart", "threads", "lane", "diffusers", "infer"):
         words += ["--part", part]
     answer = CliRunner().invoke(main, words, catch_exceptions=False)
     assert answer.exit_code == 0

@@ -162,3 +162,12 @@ def test_nano_matches_the_motorcycle_truly(through_px: int | None) -> None:
     check = check_stereo(loftr("nano"), through_px=through_px)
     assert check.matches >= 60
     assert check.precision >= 0.7
+
+
+@pytest.mark.gpu
+@pytest.mark.weights
+def test_nano_matches_the_motorcycle_on_a_gpu() -> None:
+    """The check takes a matcher wherever it is, and finds what it finds on a CPU, nearly."""
+    there, here = check_stereo(loftr("nano", "cuda")), check_stereo(loftr("nano"))
+    assert abs(there.matches - here.matches) <= 0.02 * here.matches
+    assert abs(there.precision - here.precision) <= 0.02
