@@ -128,8 +128,7 @@ def _in_turns(
 ) -> tuple[list[float], list[float]]:
     """Seconds of either way to step, each as often the first of a turn as the other.
 
-    A GPU's clock falls while it is busy and rises while it is not: who always follows the other
-    would be measured on a slower one.
+    What comes before moves a GPU's clock: who always follows the other might find a slower one.
     """
     device = runner.base.device
     in_a_row = IN_A_ROW[device.type]
