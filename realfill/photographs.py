@@ -17,6 +17,7 @@ from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from realfill.errors import InvalidScene
+from realfill.plain_png import read_plain_png
 
 MAX_PIXELS = 25_000_000
 MIN_SIDE_PX = 16
@@ -132,6 +133,9 @@ def _decode(
 ) -> tuple[Colours, NDArray[np.float32] | None]:
     """Colours [3, H, W] and, where the image has transparency, alpha [H, W] in [0, 1]."""
     image = _open(encoded, name, max_pixels)
+    plain = read_plain_png(encoded)
+    if plain is not None:
+        return plain.transpose(2, 0, 1), None
     try:
         image.load()
         ImageOps.exif_transpose(image, in_place=True)
