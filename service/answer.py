@@ -56,21 +56,21 @@ class Ahead:
 
     Attributes:
         seam: None where none is asked for.
-        blend: Of what is ranked.
+        blend: Of what is ranked, if anything is.
         patch: Of the image that the answer shows.
     """
 
     seam: Seam | None
-    blend: Blend
+    blend: Blend | None
     patch: Patch
 
     @staticmethod
-    def of(plan: Plan, window: Window, seen: Tensor, mask: Tensor) -> Ahead:
+    def of(plan: Plan, window: Window, seen: Tensor, mask: Tensor, *, ranked: bool) -> Ahead:
         """Everything, for a mask as the model sees it, and as it is. [S, S] and [H, W]"""
         feather_px = round(plan.feather_px * seen.shape[-1] / window.side)
         return Ahead(
             seam=Seam(seen) if plan.seamless else None,
-            blend=Blend.around(seen, feather_px),
+            blend=Blend.around(seen, feather_px) if ranked else None,
             patch=Patch.around(window, mask, plan.feather_px),
         )
 
@@ -202,7 +202,9 @@ def composited(pending: Pending, samples: Tensor) -> Tensor:
 
     Made where the samples are.
     """
-    return pending.hole.ahead().blend.of(samples, pending.job.target)
+    blend = pending.hole.ahead().blend
+    assert blend is not None
+    return blend.of(samples, pending.job.target)
 
 
 def candidates_of(seeds: tuple[int, ...], ranking: Ranking | None) -> tuple[Candidate, ...]:

@@ -29,12 +29,14 @@ from service.middleware import record_of
 from service.road import Road
 from service.schemas import CandidateView, CompletionFields, CompletionView, ImageFormat
 from service.settings import Settings
-from service.threads import side_by_side
+from service.threads import after, side_by_side
 
 T = TypeVar("T")
 
 # Threads for decoding, ranking and encoding; the lane has its own.
 WORKERS = 4
+# Uploads that are read by one thread: sooner than a second one would be awake.
+SMALL_BYTES = 2**20
 
 
 @dataclass
@@ -203,15 +205,15 @@ class Completions:
         look_up = loop.run_in_executor(self.waiting, self.road.look_up, ask.reference)
         # If it fails after the images did, nobody is told: they were the reason.
         look_up.add_done_callback(lambda done: done.cancelled() or done.exception())
-        image, hole = await self._read(ask)
+        image, hole = await self._in_thread(partial(self._read, ask))
         read_s = time.perf_counter() - started
         begin = partial(self.road.begin, await look_up, image, hole, ask.plan, cancel)
         pending = await loop.run_in_executor(self.waiting, begin)
         pending.timings_s["read"] = read_s
-        sampled = await asyncio.wrap_future(pending.future)
         record = record_of(request.scope)
-        finish = partial(self._finish, ask, pending, sampled, record.request_id, started)
-        answer, response = await self._in_thread(finish)
+        finish = partial(self._finish, ask, pending, record.request_id, started)
+        finished = after(pending.future, self.work, finish)
+        answer, response = await asyncio.wrap_future(finished)
         stages = answer.timings_s
         self.gate.learn(stages["swap"] + stages["sample"] + stages["decode"])
         self.metrics.count_completion(len(answer.candidates), stages)
@@ -224,16 +226,18 @@ class Completions:
         )
         return response
 
-    async def _read(self, ask: Ask) -> tuple[Tensor, Hole]:
+    def _read(self, ask: Ask) -> tuple[Tensor, Hole]:
         """The request's image and mask; what is wrong with the image is said first."""
-        image, hole = await asyncio.gather(
-            self._in_thread(partial(self._image, ask)),
-            self._in_thread(partial(self._hole, ask)),
-            return_exceptions=True,
-        )
-        for outcome in (image, hole):
-            if isinstance(outcome, BaseException):
-                raise outcome
+        tasks: list[Callable[[], Tensor | Hole]] = [
+            partial(self._image, ask),
+            partial(self._hole, ask),
+        ]
+        if (ask.image.size or 0) + (ask.mask.size or 0) <= SMALL_BYTES:
+            with ask.mask.file:
+                read = [task() for task in tasks]
+        else:
+            read = side_by_side(self.work, tasks)
+        image, hole = read
         assert isinstance(image, Tensor)
         assert isinstance(hole, Hole)
         check_fit(image, hole.mask)
@@ -248,7 +252,7 @@ class Completions:
         return self.road.look_at(mask, ask.plan)
 
     def _finish(
-        self, ask: Ask, pending: Pending, sampled: Sampled, request_id: str, started: float
+        self, ask: Ask, pending: Pending, request_id: str, started: float, sampled: Sampled
     ) -> tuple[Answer, Response]:
         """Rank and encode, in one go: each change of threads costs a part of a millisecond."""
         answer = self.road.finish(pending, sampled)

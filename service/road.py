@@ -203,7 +203,8 @@ class Road:
         """
         window = window_of(mask, self.base.size_px)
         seen = crop_mask(mask, window, self.base.size_px)
-        work = cache(partial(Ahead.of, plan, window, seen, mask))
+        ranked = self.matcher is not None
+        work = cache(partial(Ahead.of, plan, window, seen, mask, ranked=ranked))
         if self.base.device.type != "cuda":
             work()
             return Hole(mask, window, seen, work)

@@ -155,6 +155,18 @@ def test_an_unusable_picture_is_refused(serve: Serve, other: Any, sentence: str)
     assert message.startswith("The field '")
 
 
+def test_large_uploads_are_read_side_by_side_to_the_same_end(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same answer, and what is wrong with the image is said first."""
+    client = serve()
+    small = client.post(PATH, files=_files()).content
+    monkeypatch.setattr("service.completions.SMALL_BYTES", 0)
+    assert client.post(PATH, files=_files()).content == small
+    broken = client.post(PATH, files=_files(image=b"hello", mask=b""))
+    assert "'image' is no image" in _refused(broken, 422, "invalid_scene")
+
+
 def test_a_bomb_is_refused_before_it_is_decoded(serve: Serve) -> None:
     """Thirty megapixels in a few kilobytes."""
     bomb = io.BytesIO()

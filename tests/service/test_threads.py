@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from functools import partial
 
 import pytest
 
-from service.threads import side_by_side
+from service.threads import after, side_by_side
 
 
 @pytest.mark.timeout(20)
@@ -39,3 +39,45 @@ def test_the_first_error_is_told() -> None:
         side_by_side(pool, [int, fail, int])
     with ThreadPoolExecutor(2) as pool:
         assert side_by_side(pool, []) == []
+
+
+@pytest.mark.timeout(20)
+def test_work_after_a_future_is_done_by_the_pool() -> None:
+    """With its outcome, whether that was there before or comes later, from whichever thread."""
+    with ThreadPoolExecutor(1, "pool") as pool:
+        first: Future[int] = Future()
+        later = after(first, pool, lambda number: (number, threading.current_thread().name))
+        first.set_result(3)
+        assert later.result() == (3, "pool_0")
+        assert after(first, pool, float).result() == 3.0
+
+
+@pytest.mark.timeout(20)
+def test_whoever_waits_for_what_comes_after_gets_the_error() -> None:
+    """Of the future, or of the work."""
+    with ThreadPoolExecutor(1) as pool:
+        first: Future[int] = Future()
+        later = after(first, pool, float)
+        first.set_exception(KeyError("first"))
+        with pytest.raises(KeyError, match="first"):
+            later.result()
+        whole: Future[int] = Future()
+        whole.set_result(0)
+        with pytest.raises(ZeroDivisionError):
+            after(whole, pool, lambda number: 1 // number).result()
+
+
+@pytest.mark.timeout(20)
+def test_what_comes_after_is_done_although_the_pool_is_closed() -> None:
+    """By the thread that brings the outcome: nobody waits for ever. Unless it was given up."""
+    pool = ThreadPoolExecutor(1)
+    first: Future[int] = Future()
+    asked: list[int] = []
+    given_up, later = after(first, pool, asked.append), after(first, pool, float)
+    pool.shutdown()
+    assert given_up.cancel()
+    first.set_result(3)
+    assert later.result() == 3.0
+    assert asked == []
+    with pytest.raises(CancelledError):
+        given_up.result()
