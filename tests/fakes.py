@@ -1,15 +1,18 @@
-"""Stand-ins that are passed in: engines slow, full or broken, and a matcher that sees light."""
+"""Stand-ins that are passed in: engines, a matcher that sees light; and what is uploaded."""
 
 from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from fastapi.testclient import TestClient
 from PIL import Image
 from torch import Tensor
 
@@ -19,6 +22,10 @@ from registry import Registry
 from service.engine import Job, Sampled
 from service.errors import Cancelled, QueueFull
 from service.road import Lane, Road
+
+# Starts a service with an engine and settings.
+Serve = Callable[..., TestClient]
+PATH = "/v1/scenes/tower/complete"
 
 
 class LightMatcher(Matcher):
@@ -170,3 +177,20 @@ def encoded(pixels: np.ndarray, image_format: str = "PNG") -> bytes:
 def decoded(file: bytes) -> np.ndarray:
     """The file's pixels."""
     return np.asarray(Image.open(BytesIO(file)))
+
+
+def uploads(**other: bytes) -> dict[str, tuple[str, bytes]]:
+    """The files of a completion."""
+    files = {"image": encoded(photo()), "mask": encoded(hole()), **other}
+    return {name: (f"{name}.png", content) for name, content in files.items()}
+
+
+def refused(answer: Any, status: int, code: str) -> str:
+    """Check the one error shape and give its message."""
+    assert answer.status_code == status, answer.text
+    assert list(answer.json()) == ["error"]
+    error = answer.json()["error"]
+    assert set(error) == {"code", "message", "request_id"}
+    assert error["code"] == code
+    assert error["request_id"] == answer.headers["x-request-id"]
+    return str(error["message"])
