@@ -16,12 +16,7 @@ from service.http import create_app
 from service.road import Road
 from service.settings import Settings
 from tests.fakes import road_of
-from tests.tiny import tiny_base, tiny_capsule
-
-
-@pytest.fixture(scope="module")
-def base() -> Base:
-    return tiny_base()
+from tests.tiny import tiny_capsule
 
 
 @pytest.fixture(scope="module")

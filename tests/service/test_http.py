@@ -23,11 +23,6 @@ CAPSULE = {"Content-Type": "application/octet-stream"}
 
 
 @pytest.fixture(scope="module")
-def base() -> Base:
-    return tiny_base()
-
-
-@pytest.fixture(scope="module")
 def capsules(base: Base) -> list[bytes]:
     return [tiny_capsule(base, "tower", seed) for seed in range(2)]
 

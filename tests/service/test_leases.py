@@ -25,7 +25,7 @@ from service.road import Road
 from service.settings import Settings
 from tests.fakes import GreyEngine, encoded, hole, photo, road_of
 from tests.registry.test_sweep import Clock
-from tests.tiny import tiny_base, tiny_capsule
+from tests.tiny import tiny_capsule
 
 PLAN = Plan(seeds=(1,), steps=2, sampler="ddim", feather_px=2, seamless=False)
 LEASE = timedelta(minutes=5)
@@ -73,11 +73,6 @@ class Shop:
     def holders(self) -> list[tuple[str, str]]:
         """Digest and holder of every claim that has not expired."""
         return [(lease.digest, lease.holder) for lease in self.registry.leases()]
-
-
-@pytest.fixture(scope="module")
-def base() -> Base:
-    return tiny_base()
 
 
 @pytest.fixture(scope="module")

@@ -13,12 +13,7 @@ import pytest
 from realfill.base import Base
 from registry import NotFound, Registry, StorageUnavailable, Version
 from service.resolver import Resolver
-from tests.tiny import tiny_base, tiny_capsule
-
-
-@pytest.fixture(scope="module")
-def base() -> Base:
-    return tiny_base()
+from tests.tiny import tiny_capsule
 
 
 class Trouble:

@@ -33,11 +33,6 @@ PLAN = Plan(seeds=(1, 2, 9), steps=2, sampler="ddim", feather_px=2, seamless=Fal
 
 
 @pytest.fixture(scope="module")
-def base() -> Base:
-    return tiny_base()
-
-
-@pytest.fixture(scope="module")
 def tower(base: Base) -> bytes:
     return tiny_capsule(base, "tower", seed=1)
 
