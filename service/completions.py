@@ -247,7 +247,7 @@ class Completions:
         return _read(ask.image, read_image, self.settings.max_pixels)
 
     def _hole(self, ask: Ask) -> Hole:
-        """The mask, looked at while the image is still read."""
+        """The mask, and what it says by itself."""
         mask = _read(ask.mask, read_mask, self.settings.max_pixels)
         return self.road.look_at(mask, ask.plan)
 

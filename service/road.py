@@ -199,7 +199,7 @@ class Road:
 
         A GPU leaves the other cores idle while it draws: seams and blends are made then. On a CPU
         the lane has use for every core, and what is made beside it costs more than what is made
-        now, while the image is read.
+        now.
         """
         window = window_of(mask, self.base.size_px)
         seen = crop_mask(mask, window, self.base.size_px)
