@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 
 from benchmarks.engine import peers, swaps
+from benchmarks.engine.attention import measure_attention
 from benchmarks.engine.bench import Bench
 from benchmarks.engine.limits import flops_per_sample_step, peak_flops_per_s
 from benchmarks.engine.mixing import (
@@ -184,6 +185,24 @@ def bench_apart(bench: Bench) -> list[Row]:
     return rows
 
 
+def bench_attention(bench: Bench) -> list[Row]:
+    """A step by each implementation of attention that runs here, beside torch's own."""
+    samples = max(bench.batches)
+    seconds = measure_attention(bench.base, samples=samples, rank=bench.rank, repeats=bench.repeats)
+    ms = {way: 1000 * median(taken) for way, taken in seconds.items()}
+    return [
+        bench.keep(
+            f"engine.attention_step_ms.{way}",
+            value,
+            "ms",
+            better="lower",
+            peer="sdpa",
+            peer_value=ms["sdpa"],
+        )
+        for way, value in ms.items()
+    ]
+
+
 def bench_threads(bench: Bench) -> list[Row]:
     """What a second team of threads costs the lane, though it has nothing to do."""
     samples = max(bench.batches)
@@ -271,6 +290,7 @@ PARTS: dict[str, Callable[[Bench], list[Row]]] = {
     "rate": bench_rate,
     "mixed": bench_mixed,
     "apart": bench_apart,
+    "attention": bench_attention,
     "threads": bench_threads,
     "lane": bench_lane,
     "diffusers": bench_diffusers,

@@ -11,12 +11,15 @@ from dataclasses import dataclass
 from functools import partial
 from statistics import median
 
+import torch
+
 from benchmarks.engine.adapters import random_adapter
 from benchmarks.engine.rates import job_of
 from benchmarks.engine.timing import repeated
 from realfill.base import PAPER_MODULES, Base
 from realfill.capsule import Adapter
 from service.engine import Engine, Job, Runner
+from service.engine.attention import Attention
 from service.engine.runner import Application
 from service.engine.sample import Sample
 
@@ -83,7 +86,7 @@ def measure_mixing(
         repeats: Timings of each, on a GPU of several steps in a row.
         application: The way of applying adapters.
     """
-    runner, one, groups = _batches(base, scenes, samples, rank, application)
+    runner, one, groups = batches(base, scenes, samples, rank, application)
     mixed = [sample for group in groups for sample in group]
     one_s, mixed_s = _in_turns(
         runner, repeats, partial(runner.step, one), partial(runner.step, mixed)
@@ -98,7 +101,7 @@ def measure_apart(base: Base, *, scenes: int, samples: int, rank: int, repeats: 
     Args:
         base, scenes, samples, rank, repeats: As for ``measure_mixing``.
     """
-    runner, _, groups = _batches(base, scenes, samples, rank, "auto")
+    runner, _, groups = batches(base, scenes, samples, rank)
     together = [sample for group in groups for sample in group]
 
     def apart() -> None:
@@ -110,12 +113,23 @@ def measure_apart(base: Base, *, scenes: int, samples: int, rank: int, repeats: 
     return Apart(together_s, apart_s)
 
 
-def _batches(
-    base: Base, scenes: int, samples: int, rank: int, application: Application
+def batches(
+    base: Base,
+    scenes: int,
+    samples: int,
+    rank: int,
+    application: Application = "auto",
+    attention: Attention = "auto",
 ) -> tuple[Runner, list[Sample], list[list[Sample]]]:
     """A runner, a batch of its first scene, and as many samples of all its scenes, by scene."""
     adapters = [random_adapter(base, rank=rank, seed=seed) for seed in range(scenes)]
-    runner = Runner(base, application=application, max_samples=samples, split_from=samples + 1)
+    runner = Runner(
+        base,
+        attention=attention,
+        application=application,
+        max_samples=samples,
+        split_from=samples + 1,
+    )
     groups = [
         _begun(runner, base, adapter, f"{k:064d}", samples // scenes)
         for k, adapter in enumerate(adapters)
@@ -130,22 +144,25 @@ def _in_turns(
 
     What comes before moves a GPU's clock: who always follows the other might find a slower one.
     """
-    device = runner.base.device
-    in_a_row = IN_A_ROW[device.type]
     seconds: tuple[list[float], list[float]] = ([], [])
-
-    def several(step: Callable[[], None]) -> None:
-        for _ in range(in_a_row):
-            step()
-
     for turn in range(repeats):
         # Where weights are merged in place, and steps have buffers of their own, only the second
         # step in a row is one of a batch that stays as it is.
-        warm_up = int(turn == 0 or runner.weights.name == "segmented")
+        warm_up = turn == 0 or runner.weights.name == "segmented"
         for way in (0, 1) if turn % 2 == 0 else (1, 0):
-            taken = repeated(partial(several, steps[way]), 1, device, warm_up=warm_up)
-            seconds[way].extend(s / in_a_row for s in taken)
+            seconds[way].extend(timed(steps[way], runner.base.device, warm_up=warm_up))
     return seconds
+
+
+def timed(step: Callable[[], None], device: torch.device, *, warm_up: bool) -> list[float]:
+    """Seconds of one step, on a GPU of one of several in a row; once before if it is to be warm."""
+    in_a_row = IN_A_ROW[device.type]
+
+    def several() -> None:
+        for _ in range(in_a_row):
+            step()
+
+    return [s / in_a_row for s in repeated(several, 1, device, warm_up=int(warm_up))]
 
 
 def _begun(runner: Runner, base: Base, adapter: Adapter, digest: str, samples: int) -> list[Sample]:

@@ -2,28 +2,87 @@
 
 from __future__ import annotations
 
+import ctypes
+import importlib
 import importlib.util
 import logging
+import time
 from collections.abc import Callable
+from pathlib import Path
+from statistics import median
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Attention = Literal["auto", "xformers", "sdpa", "cudnn"]
+Chosen = Literal["xformers", "sdpa", "cudnn"]
+# Of queries, keys and values. [N, L, H, W] and [N, K, H, W] twice to [N, L, H, W]
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+# xformers is the default unless it takes so many times as long as torch's own attention.
+MUCH_SLOWER = 1.1
 
 logger = logging.getLogger(__name__)
 
 
+def attend_by_torch(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Attention by whichever kernel torch chooses."""
+    queries, keys, values = (tokens.transpose(1, 2) for tokens in (queries, keys, values))
+    return F.scaled_dot_product_attention(queries, keys, values).transpose(1, 2)
+
+
+def attend_by_cudnn(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Attention by cuDNN's kernels alone."""
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        return attend_by_torch(queries, keys, values)
+
+
+def attend_by_xformers(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Attention by whichever kernel xformers chooses."""
+    attended: Tensor = _xformers()(queries, keys, values)
+    return attended
+
+
+ATTEND: dict[Chosen, Attend] = {
+    "xformers": attend_by_xformers,
+    "sdpa": attend_by_torch,
+    "cudnn": attend_by_cudnn,
+}
+
+
+def _xformers() -> Attend:
+    """xformers' attention.
+
+    Its wheels ask for the runtime of CUDA 12, which a torch for CUDA 13 does not bring: without it
+    they import, warn, and have no kernel. Where NVIDIA's package of it is installed, it is loaded
+    before.
+    """
+    if not (torch.version.cuda or "").startswith("12."):
+        _load_cuda_12()
+    attend: Attend = importlib.import_module("xformers.ops").memory_efficient_attention
+    return attend
+
+
+def _load_cuda_12() -> None:
+    try:
+        spec = importlib.util.find_spec("nvidia.cuda_runtime")
+    except ModuleNotFoundError:
+        return
+    for folder in (spec and spec.submodule_search_locations) or ():
+        library = Path(folder) / "lib" / "libcudart.so.12"
+        if library.is_file():
+            ctypes.CDLL(str(library))
+
+
 def xformers_obstacle(
-    device: torch.device,
-    dtype: torch.dtype,
-    attend: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+    device: torch.device, dtype: torch.dtype, attend: Attend | None = None
 ) -> str | None:
     """Why xformers cannot run here; None where it can.
 
-    To be installed is not enough: a wheel that was built for another torch imports, warns, and has
-    no kernel for anything. So a small attention is run.
+    To be installed is not enough, since it may have no kernel. So a small attention is run.
 
     Args:
         device: Of the base.
@@ -33,7 +92,7 @@ def xformers_obstacle(
     if device.type != "cuda" and attend is None:
         return f"the base is on {device.type}"
     try:
-        attend = attend or importlib.import_module("xformers.ops").memory_efficient_attention
+        attend = attend or _xformers()
     except (ImportError, OSError) as error:
         found = importlib.util.find_spec("xformers") is not None
         return f"it does not load ({_first_line(error)})" if found else "it is not installed"
@@ -50,15 +109,68 @@ def _first_line(error: BaseException) -> str:
     return lines[0].strip() if lines else type(error).__name__
 
 
+def times_as_long(attend: Attend, peer: Attend, tokens: Tensor, *, repeats: int = 5) -> float:
+    """How many times as long one way of attention takes as another, by medians, in turns.
+
+    Args:
+        attend: The one.
+        peer: The other.
+        tokens: Queries, keys and values alike. [N, L, H, W]
+        repeats: Timings of each, of several calls in a row.
+    """
+    seconds: dict[Attend, list[float]] = {attend: [], peer: []}
+    for turn in range(-1, repeats):
+        for way, kept in seconds.items():
+            _synchronize(tokens.device)
+            began = time.perf_counter()
+            for _ in range(10):
+                way(tokens, tokens, tokens)
+            _synchronize(tokens.device)
+            if turn >= 0:
+                kept.append(time.perf_counter() - began)
+    return median(seconds[attend]) / median(seconds[peer])
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@torch.no_grad()
+def attention_for(
+    setting: Attention, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]
+) -> Chosen:
+    """Which attention to run, of what runs here; auto is timed.
+
+    Args:
+        setting: auto, xformers, sdpa or cudnn.
+        device: Of the base.
+        dtype: Of the base.
+        shape: Of the largest attention that the base computes. (N, L, H, W)
+
+    Raises:
+        ValueError: The setting is unknown, or asks for what cannot run here.
+    """
+    obstacle = None
+    slower = 1.0
+    if setting in ("auto", "xformers"):
+        obstacle = xformers_obstacle(device, dtype)
+    if setting == "auto" and obstacle is None:
+        tokens = torch.randn(shape, device=device, dtype=dtype)
+        slower = times_as_long(attend_by_xformers, attend_by_torch, tokens)
+    return choose_attention(setting, device.type, obstacle=obstacle, slower=slower)
+
+
 def choose_attention(
-    setting: Attention, device_type: str, *, obstacle: str | None
-) -> Literal["xformers", "sdpa", "cudnn"]:
+    setting: Attention, device_type: str, *, obstacle: str | None, slower: float = 1.0
+) -> Chosen:
     """Which attention to run.
 
     Args:
         setting: auto, xformers, sdpa or cudnn.
         device_type: Of the base, "cuda" or "cpu".
         obstacle: Why xformers cannot run, from ``xformers_obstacle``.
+        slower: How many times as long as torch's own attention xformers takes.
 
     Raises:
         ValueError: The setting is unknown, or asks for what cannot run here.
@@ -69,12 +181,16 @@ def choose_attention(
         raise ValueError(f"attention is 'cudnn', but the base is on {device_type}; use 'sdpa'")
     if setting == "xformers" and obstacle is not None:
         raise ValueError(
-            f"attention is 'xformers', but {obstacle}; pip install 'realfill-serve[gpu]' with the "
-            "xformers that was built for this torch on a machine with CUDA, or set attention to "
-            "'auto' or 'sdpa'"
+            f"attention is 'xformers', but {obstacle}; pip install 'realfill-serve[gpu]' on a "
+            "machine with CUDA, or set attention to 'auto' or 'sdpa'"
         )
-    if setting == "auto":
-        if obstacle is not None and device_type == "cuda":
+    if setting != "auto":
+        return setting
+    if obstacle is not None:
+        if device_type == "cuda":
             logger.warning("attention is sdpa: xformers cannot run, since %s", obstacle)
-        return "sdpa" if obstacle is not None else "xformers"
-    return setting
+        return "sdpa"
+    if slower > MUCH_SLOWER:
+        logger.info("attention is sdpa: xformers takes %.2f times as long here", slower)
+        return "sdpa"
+    return "xformers"

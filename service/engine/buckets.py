@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -32,7 +31,6 @@ class StaticStep:
     Args:
         base: The resident model.
         size: Samples.
-        attending: Makes the context that attention runs in.
         prompts: What the U-Net reads of prompts, if it can be made ahead of the steps.
     """
 
@@ -40,12 +38,10 @@ class StaticStep:
         self,
         base: Base,
         size: int,
-        attending: Callable[[], AbstractContextManager[None]],
         prompts: ProjectedPrompts | None,
     ) -> None:
         self.size = size
         self._base = base
-        self._attending = attending
         self._prompts = prompts
         device, dtype, config = base.device, base.dtype, base.unet.config
         side, channels = base.size_px // base.cell_px, base.latent_channels
@@ -105,14 +101,13 @@ class StaticStep:
 
     def compute(self) -> None:
         """The U-Net and the sampler, from buffers to buffers; packs the U-Net's next input."""
-        with self._attending():
-            prediction = self._base.unet(
-                self.packed,
-                self.timesteps,
-                encoder_hidden_states=self.projected,
-                return_dict=False,
-                **({} if self._prompts is None else TOLD),
-            )[0]
+        prediction = self._base.unet(
+            self.packed,
+            self.timesteps,
+            encoder_hidden_states=self.projected,
+            return_dict=False,
+            **({} if self._prompts is None else TOLD),
+        )[0]
         sampler_step_(
             self.latents,
             self.history,
@@ -140,7 +135,6 @@ class Buckets:
     Args:
         base: The resident model, fused.
         most: Samples of the largest bucket.
-        attending: Makes the context that attention runs in.
         captures: Of the model's device.
     """
 
@@ -148,13 +142,12 @@ class Buckets:
         self,
         base: Base,
         most: int,
-        attending: Callable[[], AbstractContextManager[None]],
         captures: Captures,
     ) -> None:
         self._captures = captures
         self._sizes = bucket_sizes(most)
         prompts = projected_prompts(base.unet)
-        self._steps = {size: StaticStep(base, size, attending, prompts) for size in self._sizes}
+        self._steps = {size: StaticStep(base, size, prompts) for size in self._sizes}
         # What projects the prompts, and what does the rest of a step.
         self._ways: dict[tuple[int, Mode], tuple[Callable[[], None], Callable[[], None]]] = {}
 

@@ -11,6 +11,7 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
+from service.engine.attention import Attend, attend_by_torch
 from service.engine.layers import Installed
 from service.engine.picture_blocks import (
     ActivatedTimes,
@@ -23,7 +24,7 @@ from service.engine.picture_blocks import (
 from service.engine.token_blocks import FusedGates, FusedResiduals, PlainAttention
 
 
-def install_fusion(unet: UNet2DConditionModel) -> Installed:
+def install_fusion(unet: UNet2DConditionModel, attend: Attend = attend_by_torch) -> Installed:
     """Let a U-Net's blocks move fewer bytes, until they are released.
 
     Group norms are fused with their SiLU and with what is added before, additions with the layer
@@ -32,8 +33,12 @@ def install_fusion(unet: UNet2DConditionModel) -> Installed:
     channels-last features round, and they would be turned back for the linear layer behind. For the
     same reason what leaves a transformer keeps its layout. Pictures are doubled by copies. Blocks
     of other kinds than SD2's stay as they are.
+
+    Args:
+        unet: To install them in.
+        attend: How its tokens attend to tokens.
     """
-    installed = Installed()
+    installed = install_attention(unet, attend)
     activated = times_are_plain(unet)
     if activated:
         installed.install(unet.time_embedding, ActivatedTimes(unet.time_embedding))
@@ -45,13 +50,20 @@ def install_fusion(unet: UNet2DConditionModel) -> Installed:
             installed.install(block, KeptLayout(block), "_get_output_for_continuous_inputs")
         if isinstance(block, BasicTransformerBlock) and _is_plain_transformer(block):
             installed.install(block, FusedResiduals(block))
-        if isinstance(block, Attention) and _is_plain_attention(block):
-            installed.install(block, PlainAttention(block))
         if isinstance(block, GEGLU):
             installed.install(block, FusedGates(block))
         if isinstance(block, Upsample2D) and _doubles(block):
             installed.install(block, DoubledPictures(block))
     _fuse_last_norm(unet, installed)
+    return installed
+
+
+def install_attention(unet: UNet2DConditionModel, attend: Attend) -> Installed:
+    """Let tokens attend to tokens in another way, where SD2's way is plain, until released."""
+    installed = Installed()
+    for block in unet.modules():
+        if isinstance(block, Attention) and _is_plain_attention(block):
+            installed.install(block, PlainAttention(block, attend))
     return installed
 
 
@@ -71,10 +83,23 @@ def install_picture_fusion(autoencoder: nn.Module) -> Installed:
     return installed
 
 
-def install_fusions(autoencoder: nn.Module, unet: UNet2DConditionModel | None) -> list[Installed]:
-    """Both of the above, or the autoencoder's alone."""
+def install_fusions(
+    autoencoder: nn.Module, unet: UNet2DConditionModel | None, attend: Attend
+) -> list[Installed]:
+    """Those of both networks, or the autoencoder's alone."""
     installed = [install_picture_fusion(autoencoder)]
-    return installed if unet is None else [*installed, install_fusion(unet)]
+    return installed if unet is None else [*installed, install_fusion(unet, attend)]
+
+
+def largest_attention(unet: UNet2DConditionModel, cells: int) -> tuple[int, int, int, int]:
+    """What eight samples' first attention takes. (N, L, H, W)
+
+    Args:
+        unet: The network.
+        cells: Of a picture, by which its tokens are counted before it is made smaller.
+    """
+    first = next(module for module in unet.modules() if isinstance(module, Attention))
+    return 8, cells, first.heads, first.inner_dim // first.heads
 
 
 def _fuse_last_norm(network: nn.Module, installed: Installed) -> None:

@@ -5,24 +5,23 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from functools import partial
 from itertools import groupby
 from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from realfill.base import Base
 from realfill.complete.pipeline import conditions
 from realfill.complete.samplers import Sampler, advance, noise_for, sampler
-from service.engine.attention import Attention, choose_attention, xformers_obstacle
+from service.engine.attention import ATTEND, Attention, attention_for
 from service.engine.buckets import Buckets
 from service.engine.captures import Captures
 from service.engine.cores import Crew, crew_for
 from service.engine.fused import FusedWeights
-from service.engine.fusion import install_fusions
+from service.engine.fusion import install_attention, install_fusions, largest_attention
 from service.engine.job import Job, Sampled
 from service.engine.layers import Installed, is_exact
 from service.engine.moment import CudaMoment, HostMoment, Moment
@@ -60,7 +59,7 @@ class Runner:
     Args:
         base: Becomes the runner's own until ``release``.
         attention: xformers, sdpa, cudnn (SDPA by cuDNN alone), or auto for xformers where it runs
-            on CUDA.
+            on CUDA and is not much slower than sdpa.
         max_samples: Most samples in one U-Net call.
         application: fused (whole weights per scene), segmented (low-rank terms beside the base's
             weights), or auto for the one that suits the device.
@@ -90,12 +89,9 @@ class Runner:
             raise ValueError(f"max_samples is {max_samples}; use 1 or more")
         self.base = base
         self.max_samples = max_samples
-        obstacle = None
-        if attention in ("auto", "xformers"):
-            obstacle = xformers_obstacle(base.device, base.dtype)
-        self.attention = choose_attention(attention, base.device.type, obstacle=obstacle)
-        if self.attention == "xformers":
-            base.unet.enable_xformers_memory_efficient_attention()
+        shape = largest_attention(base.unet, (base.size_px // base.cell_px) ** 2)
+        self.attention = attention_for(attention, base.device, base.dtype, shape)
+        attend = ATTEND[self.attention]
         exact = is_exact(base.device, base.dtype)
         self._at_once = min(AT_ONCE, max_samples) if exact else max_samples
         if application == "auto":
@@ -126,10 +122,12 @@ class Runner:
         if static:
             # Fused weights fuse the U-Net's blocks as well.
             unet = None if application == "fused" else base.unet
-            self._fused = install_fusions(base.autoencoder, unet)
+            self._fused = install_fusions(base.autoencoder, unet, attend)
             captures = Captures(base.device)
-            self.buckets = Buckets(base, max_samples, self._attending, captures)
+            self.buckets = Buckets(base, max_samples, captures)
             self._pictures = StaticPictures(base, captures)
+        elif self.attention != "sdpa":
+            self._fused = [install_attention(base.unet, attend)]
         if exact:
             self._show_sizes()
         if exact and self._crew is not None:
@@ -265,13 +263,12 @@ class Runner:
         latents = torch.stack([s.latents for s in samples])
         known = torch.stack([s.told.known for s in samples])
         times, prompts = times_and_prompts(samples)
-        with self._attending():
-            prediction = base.unet(
-                torch.cat([latents.to(base.dtype), known], dim=1),
-                times,
-                encoder_hidden_states=prompts,
-                return_dict=False,
-            )[0]
+        prediction = base.unet(
+            torch.cat([latents.to(base.dtype), known], dim=1),
+            times,
+            encoder_hidden_states=prompts,
+            return_dict=False,
+        )[0]
         rows = torch.stack([s.told.table.coefficients[s.index] for s in samples])
         noise = None
         if any(s.told.table.stochastic for s in samples):
@@ -356,11 +353,6 @@ class Runner:
         """On the device as soon as it comes to it, which is not waited for."""
         device = self.base.device
         return pinned(values, device).to(device, non_blocking=True)
-
-    def _attending(self) -> AbstractContextManager[None]:
-        """Attention by cuDNN, where that was asked for."""
-        by_cudnn = self.attention == "cudnn"
-        return sdpa_kernel(SDPBackend.CUDNN_ATTENTION) if by_cudnn else nullcontext()
 
     def _sampler(self, name: str, steps: int) -> Sampler:
         key = (name, steps)

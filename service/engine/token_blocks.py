@@ -10,11 +10,11 @@ from diffusers.models.activations import GEGLU
 from diffusers.models.attention import BasicTransformerBlock, FeedForward
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from kernels.add_layernorm import add_layernorm
 from kernels.add_residual import add_residual
 from kernels.geglu import geglu
+from service.engine.attention import Attend, attend_by_torch
 from service.engine.layers import without_bias
 
 
@@ -103,10 +103,13 @@ class PlainAttention:
     """Attention as SD2 has it, without the division of its outcome by 1.
 
     Attributes:
+        attention: The layer as it is written.
+        attend: How tokens attend to tokens.
         place: Where in projected prompts its own part is, if it ever takes any.
     """
 
     attention: Attention
+    attend: Attend = attend_by_torch
     place: Place | None = None
 
     def __call__(
@@ -134,13 +137,10 @@ class PlainAttention:
         else:
             seen = hidden_states if encoder_hidden_states is None else encoder_hidden_states
             key, value = attention.to_k(seen), attention.to_v(seen)
-        query, key, value = (
-            tokens.unflatten(-1, (attention.heads, -1)).transpose(1, 2)
-            for tokens in (query, key, value)
-        )
-        attended = F.scaled_dot_product_attention(query, key, value)
+        by_head = (tokens.unflatten(-1, (attention.heads, -1)) for tokens in (query, key, value))
+        attended = self.attend(*by_head)
         out, dropout = attention.to_out
-        outcome: Tensor = dropout(out(attended.transpose(1, 2).flatten(2)))
+        outcome: Tensor = dropout(out(attended.flatten(2)))
         return outcome
 
 

@@ -87,7 +87,8 @@ def test_the_command_records_its_rows(tmp_path: Path) -> None:
     words = ["--base", str(save_tiny_base(tmp_path / "base")), "--rows", str(tmp_path / "rows")]
     words += ["--steps", "1", "--samples", "2", "--repeats", "1", "--rank", "2"]
     words += ["--largest", "4"]
-    for part in ("swap", "rate", "mixed", "apart", "threads", "lane", "diffusers", "infer"):
+    parts = ("swap", "rate", "mixed", "apart", "attention", "threads", "lane", "diffusers", "infer")
+    for part in parts:
         words += ["--part", part]
     answer = CliRunner().invoke(main, words, catch_exceptions=False)
     assert answer.exit_code == 0
@@ -102,6 +103,7 @@ def test_the_command_records_its_rows(tmp_path: Path) -> None:
         "engine.mixed_overhead_pct",
         "engine.mixed_overhead_pct.paper",
         "engine.apart_ms.s2",
+        "engine.attention_step_ms.sdpa",
         "engine.peft_mixed_overhead_pct",
         "engine.idle_team_pct.one",
         "engine.idle_team_pct.mixed",
