@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import importlib.util
 import logging
 import time
 from collections.abc import Callable
-from pathlib import Path
 from statistics import median
 from typing import Literal, get_args
 
@@ -54,27 +52,8 @@ ATTEND: dict[Chosen, Attend] = {
 
 
 def _xformers() -> Attend:
-    """xformers' attention.
-
-    Its wheels ask for the runtime of CUDA 12, which a torch for CUDA 13 does not bring: without it
-    they import, warn, and have no kernel. Where NVIDIA's package of it is installed, it is loaded
-    before.
-    """
-    if not (torch.version.cuda or "").startswith("12."):
-        _load_cuda_12()
     attend: Attend = importlib.import_module("xformers.ops").memory_efficient_attention
     return attend
-
-
-def _load_cuda_12() -> None:
-    try:
-        spec = importlib.util.find_spec("nvidia.cuda_runtime")
-    except ModuleNotFoundError:
-        return
-    for folder in (spec and spec.submodule_search_locations) or ():
-        library = Path(folder) / "lib" / "libcudart.so.12"
-        if library.is_file():
-            ctypes.CDLL(str(library))
 
 
 def xformers_obstacle(
@@ -82,7 +61,8 @@ def xformers_obstacle(
 ) -> str | None:
     """Why xformers cannot run here; None where it can.
 
-    To be installed is not enough, since it may have no kernel. So a small attention is run.
+    To be installed is not enough: its wheels ask for the runtime of CUDA 12, and where a torch for
+    CUDA 13 finds none to load they import, warn, and have no kernel. So a small attention is run.
 
     Args:
         device: Of the base.

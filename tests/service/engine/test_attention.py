@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import logging
-import sys
 import time
-from pathlib import Path
-from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -120,36 +117,6 @@ def test_auto_times_what_runs(
 def test_one_way_is_timed_by_the_other() -> None:
     """A way that sleeps takes several times as long as one that does not."""
     assert times_as_long(slow, attend_by_torch, torch.randn(SHAPE)) > 2
-
-
-def test_cuda_12s_runtime_is_loaded_where_nvidias_package_has_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Before xformers, and only for a torch that was built for another CUDA."""
-    loaded: list[str] = []
-    module = ModuleType("xformers.ops")
-    module.memory_efficient_attention = attend_by_torch  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "xformers", ModuleType("xformers"))
-    monkeypatch.setitem(sys.modules, "xformers.ops", module)
-    monkeypatch.setattr(attention_module.ctypes, "CDLL", loaded.append)
-    package = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
-    specs = {"nvidia.cuda_runtime": package}
-    monkeypatch.setattr(attention_module.importlib.util, "find_spec", specs.get)
-    library = tmp_path / "lib" / "libcudart.so.12"
-
-    def loads(version: str | None) -> list[str]:
-        loaded.clear()
-        monkeypatch.setattr(torch.version, "cuda", version)
-        assert attention_module._xformers() is attend_by_torch
-        return loaded
-
-    assert loads("13.0") == []
-    library.parent.mkdir()
-    library.touch()
-    assert loads("13.0") == [str(library)]
-    assert loads("12.8") == []
-    specs.clear()
-    assert loads("13.0") == []
 
 
 @torch.no_grad()
