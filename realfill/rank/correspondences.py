@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -95,6 +96,11 @@ class Matches:
         """Only those of more confidence."""
         return replace(self, confidence=self.confidence * (self.confidence > threshold))
 
+    def split(self, images: int) -> list[Matches]:
+        """By so many images 0 each."""
+        parts = (part.split(images) for part in (self.points0, self.points1, self.confidence))
+        return [Matches(*each) for each in zip(*parts, strict=True)]
+
 
 class Matcher(Protocol):
     """Finds correspondences between images.
@@ -141,6 +147,18 @@ class Matcher(Protocol):
             ValueError: There are neither as many images 1 as images 0, nor one.
         """
         ...
+
+    def compare_each(
+        self, features0: Features, others: Sequence[Features], *, threshold: float | None = None
+    ) -> list[Matches]:
+        """Match every image 0 with each of several single images 1.
+
+        Args:
+            features0: Of images 0.
+            others: Each of one image.
+            threshold: As for ``compare``.
+        """
+        return [self.compare(features0, other, threshold=threshold) for other in others]
 
     def match(self, features0: Features, features1: Features) -> Correspondences:
         """What ``compare`` finds, without the places that found nothing."""

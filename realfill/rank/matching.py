@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -215,8 +215,45 @@ class LoFTRMatcher(Matcher):
         confidence, partner = (torch.cat(parts) for parts in zip(*found, strict=True))
         return cell_matches(confidence, partner, features0, features1)
 
+    @torch.no_grad()
+    def compare_each(
+        self, features0: Features, others: Sequence[Features], *, threshold: float | None = None
+    ) -> list[Matches]:
+        """In one go with as many images of one size as a chunk takes: a GPU waits for launches."""
+        cells = len(features0) * features0.tokens.shape[1]
+        at_once = max(1, _limit(CHUNK_CELLS, self.device) // cells)
+        found: dict[int, Matches] = {}
+        for places in _alike(others, at_once):
+            pairs0 = _repeated(features0, len(places))
+            pairs1 = _each([others[k] for k in places], len(features0))
+            together = self.compare(pairs0, pairs1, threshold=threshold)
+            found |= zip(places, together.split(len(features0)), strict=True)
+        return [found[k] for k in range(len(others))]
+
     def _precision(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+
+def _alike(others: Sequence[Features], at_once: int) -> Iterator[list[int]]:
+    """Places of images of one size, at most so many together."""
+    places: dict[tuple[int, int], list[int]] = {}
+    for place, features in enumerate(others):
+        places.setdefault(features.grid, []).append(place)
+    for alike in places.values():
+        yield from (alike[k : k + at_once] for k in range(0, len(alike), at_once))
+
+
+def _repeated(features: Features, times: int) -> Features:
+    """All images, so many times one after the other."""
+    return features if times == 1 else Features(features.tokens.repeat(times, 1, 1), features.grid)
+
+
+def _each(singles: Sequence[Features], times: int) -> Features:
+    """Every image so many times in a row; one alone as it is, since it stands for as many."""
+    if len(singles) == 1:
+        return singles[0]
+    tokens = torch.cat([features.tokens for features in singles])
+    return Features(tokens.repeat_interleave(times, 0), singles[0].grid)
 
 
 def weights_digest(weights: Mapping[str, Tensor], configuration: Any) -> str:

@@ -119,9 +119,7 @@ def rank_candidates(
     pixels = at_working_size(matcher, candidates)
     hole = _hole(mask.cpu(), (int(pixels.shape[-2]), int(pixels.shape[-1])))
     features = matcher.features(pixels)
-    everywhere = [
-        matcher.compare(features, reference, threshold=0.0) for reference in references.features
-    ]
+    everywhere = matcher.compare_each(features, references.features, threshold=0.0)
     missing = [_missing(matches, hole) for matches in everywhere]
     agreeing = agreement(everywhere, missing, max(pixels.shape[-2:]))
     found = [

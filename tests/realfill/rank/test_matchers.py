@@ -104,6 +104,21 @@ def test_one_image_stands_for_many(matcher: Matcher, photos: Tensor) -> None:
         matcher.compare(features, matcher.features(photos[:2]))
 
 
+def test_several_images_are_matched_as_each_of_them(matcher: Matcher, photos: Tensor) -> None:
+    """Of two sizes in turns; what is found keeps their order."""
+    features, narrow = matcher.features(photos), photos[..., :64].contiguous()
+    others = [matcher.features(photo[None]) for k in range(3) for photo in (photos[k], narrow[k])]
+    together = matcher.compare_each(features, others, threshold=0.0)
+    assert len(together) == 6
+    for found, other in zip(together, others, strict=True):
+        alone = matcher.compare(features, other, threshold=0.0)
+        assert torch.equal(found.points0, alone.points0)
+        assert torch.equal(found.confidence > 0, alone.confidence > 0)
+        kept = alone.confidence > 0
+        assert torch.equal(found.points1[kept], alone.points1[kept])
+        torch.testing.assert_close(found.confidence, alone.confidence, rtol=1e-4, atol=1e-6)
+
+
 def test_a_lower_threshold_adds_matches_and_changes_none(matcher: Matcher, photos: Tensor) -> None:
     """Of all pairs that are each other's best, those above the matcher's own are its matches."""
     pair = matcher.features(photos), matcher.features(photos[1:2])

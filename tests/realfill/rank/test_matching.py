@@ -15,6 +15,7 @@ from scipy.stats import spearmanr
 from realfill.errors import MatcherUnavailable
 from realfill.nano.pretrain_matcher import CONFIG
 from realfill.rank import matching
+from realfill.rank.correspondences import Features, Matches
 from realfill.rank.matching import loftr
 from realfill.rank.ranking import rank_candidates
 from realfill.rank.references import prepare_references
@@ -72,6 +73,33 @@ def test_chunks_do_not_change_the_matches(monkeypatch: pytest.MonkeyPatch) -> No
     assert len(together) > 0
     assert torch.equal(together.pair, alone.pair)
     assert torch.equal(together.points1, alone.points1)
+
+
+@pytest.mark.parametrize(("room", "calls"), [(2**20, 2), (6 * 64, 3), (64, 4)])
+def test_images_of_one_size_meet_at_once(
+    room: int, calls: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many as a chunk takes, three of one size and one of another; matches are the same."""
+    matcher = coarse(plain_loftr(with_threshold(CONFIG, 2e-2)))
+    images0, images1 = shifted_pairs(64, 64)
+    features = matcher.features(images0)
+    others = [matcher.features(image[None]) for image in (*images1, images1[0, :, 8:])]
+    alone = [matcher.compare(features, other) for other in others]
+    monkeypatch.setattr(matching, "CHUNK_CELLS", {"cpu": room})
+    compare, seen = matcher.compare, []
+
+    def counted(*pairs: Features, threshold: float | None) -> Matches:
+        seen.append([len(side) for side in pairs])
+        return compare(*pairs, threshold=threshold)
+
+    monkeypatch.setattr(matcher, "compare", counted)
+    together = matcher.compare_each(features, others)
+    assert len(seen) == calls
+    for found, expected in zip(together, alone, strict=True):
+        kept = expected.confidence > 0
+        assert kept.any()
+        assert torch.equal(found.confidence > 0, kept)
+        assert torch.equal(found.points1[kept], expected.points1[kept])
 
 
 def test_one_reference_is_matched_with_every_candidate() -> None:
