@@ -93,8 +93,9 @@ def test_a_much_slower_xformers_gives_way_and_the_log_says_by_how_much(
     """As on Hopper, where torch takes cuDNN's kernels; a little slower, or asked for, it stays."""
     with caplog.at_level(logging.INFO):
         assert choose_attention("auto", "cuda", obstacle=None, slower=1.62) == "sdpa"
-    assert "xformers takes 1.62 times as long here" in caplog.text
-    assert choose_attention("auto", "cuda", obstacle=None, slower=1.05) == "xformers"
+        assert choose_attention("auto", "cuda", obstacle=None, slower=1.05) == "xformers"
+    assert "sdpa: xformers takes 1.62 times as long" in caplog.text
+    assert "xformers: it takes 1.05 times as long" in caplog.text
     assert choose_attention("xformers", "cuda", obstacle=None, slower=1.62) == "xformers"
 
 
