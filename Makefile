@@ -15,7 +15,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .PHONY: help install check test test-gpu test-slow demo serve bench bench-kernels bench-load \
-	bench-ranking bench-registry soak quality sweep ablation confusion gate nano nano-report adapt-report targets \
+	bench-ranking bench-registry bench-training soak quality sweep ablation confusion gate nano nano-report adapt-report targets \
 	lock clean
 
 help: ## show this list
@@ -71,6 +71,9 @@ bench-load: $(STAMP) ## 30 s of open-loop load on the demo scenes, into load-out
 
 bench-registry: $(STAMP) ## measure the registry, and MLflow's client in an environment of its own
 	$(BIN)/python -m benchmarks.registry
+
+bench-training: $(STAMP) ## operations of training beside the public script's, and its time without a pool
+	$(BIN)/python -m benchmarks.training
 
 bench-ranking: $(STAMP) ## 16 candidates against 3 references, beside plain kornia, and matches against truth
 	$(BIN)/python -m benchmarks.ranking

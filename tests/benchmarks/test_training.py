@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from torch.nn import functional as F
 
 from benchmarks.record import read_rows
-from benchmarks.training import turns
+from benchmarks.training import costs, turns
 from benchmarks.training.__main__ import main
 from benchmarks.training.costs import Costs, count_costs
 from realfill.config import TrainingConfig, preset
@@ -22,20 +23,28 @@ from tests.tiny import save_tiny_base, tiny_base
 
 def test_a_run_is_the_sum_of_its_parts() -> None:
     """Ours by steps, batch and pool; the script's by pictures, with a validation each 100 steps."""
-    costs = Costs(sample=1000, prompts=20, picture=300, forward=400, decode=50)
-    assert costs.ours(steps=10, batch=4, pool=7) == 7 * 300 + 10 * (20 + 4 * 1000)
+    parts = Costs(sample=1000, prompts=20, picture=300, forward=400, decode=50)
+    assert parts.ours(steps=10, batch=4, pool=7) == 7 * 300 + 10 * (20 + 4 * 1000)
     training = 250 * 3 * (1000 + 300 + 10)
-    assert costs.reference(steps=250, pictures=3) == training + 2 * 4 * (200 * 400 + 150 + 50)
+    assert parts.reference(steps=250, pictures=3) == training + 2 * 4 * (200 * 400 + 150 + 50)
+
+
+def test_attention_is_counted() -> None:
+    """Its two products, which a fused kernel hides from the counter on a CPU."""
+    heads, tokens, width = 2, 16, 8
+    x = torch.randn(1, heads, tokens, width, dtype=torch.bfloat16)
+    counted = costs._counted(lambda: F.scaled_dot_product_attention(x, x, x))
+    assert counted == 2 * (2 * heads * tokens * tokens * width)
 
 
 def test_counts_follow_what_runs() -> None:
     """A sample costs its way there twice and more, and parts do not depend on each other."""
     base = tiny_base()
     before = {name: tensor.clone() for name, tensor in base.unet.state_dict().items()}
-    costs = count_costs(base, motorcycle_scene())
-    assert 1.5 * costs.forward < costs.sample < 4 * costs.forward
-    assert min(costs.prompts, costs.picture, costs.forward, costs.decode) > 0
-    assert count_costs(base, motorcycle_scene()) == costs
+    parts = count_costs(base, motorcycle_scene())
+    assert 1.5 * parts.forward < parts.sample < 4 * parts.forward
+    assert min(parts.prompts, parts.picture, parts.forward, parts.decode) > 0
+    assert count_costs(base, motorcycle_scene()) == parts
     after = base.unet.state_dict()
     assert set(after) == set(before)
     assert all(torch.equal(after[name], before[name]) for name in before)
