@@ -5,8 +5,6 @@ from __future__ import annotations
 from functools import partial
 from typing import get_args
 
-import torch
-
 from benchmarks.engine.mixing import batches, timed
 from realfill.base import Base
 from service.engine.attention import Chosen, xformers_obstacle
@@ -39,6 +37,6 @@ def measure_attention(
         runner, one, _ = batches(base, 1, samples, rank, attention=way)
         step = partial(runner.step, one)
         for turn in range(repeats):
-            seconds[way] += timed(step, torch.device(base.device), warm_up=turn == 0)
+            seconds[way] += timed(step, base.device, warm_up=turn == 0)
         runner.release()
     return seconds
