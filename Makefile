@@ -15,7 +15,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .PHONY: help install check test test-gpu test-slow demo serve bench bench-kernels bench-load \
-	bench-ranking bench-registry bench-training soak quality sweep ablation confusion gate nano nano-report adapt-report targets \
+	bench-peer bench-ranking bench-registry bench-training soak quality sweep ablation confusion gate nano nano-report adapt-report targets \
 	lock clean
 
 help: ## show this list
@@ -68,6 +68,9 @@ bench-kernels: $(STAMP) ## measure every kernel beside torch and the machine's l
 bench-load: $(STAMP) ## 30 s of open-loop load on the demo scenes, into load-out/
 	$(BIN)/python -m benchmarks.load.local --demo-command "$(BIN)/realfill demo" \
 		--serve-command "$(BIN)/realfill serve" --rate $(LOAD_RATE) --duration $(LOAD_DURATION)
+
+bench-peer: $(STAMP) ## good answers per second beside a server written in an afternoon, 10 minutes
+	$(BIN)/python -m benchmarks.load.compare
 
 bench-registry: $(STAMP) ## measure the registry, and MLflow's client in an environment of its own
 	$(BIN)/python -m benchmarks.registry

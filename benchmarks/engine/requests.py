@@ -18,8 +18,8 @@ from benchmarks.engine.adapters import random_capsule
 from benchmarks.engine.rates import fits_pipeline, loop, pipeline
 from benchmarks.engine.service import SCENE, hole, job_for, png, served, square_of
 from benchmarks.engine.timing import alone, seconds_of
-from benchmarks.ranking.peer import counts, naive_kornia
-from benchmarks.ranking.pictures import REFERENCES, Pictures
+from benchmarks.ranking.peer import counts_at_working_size, naive_kornia
+from benchmarks.ranking.pictures import REFERENCES
 from realfill.base import Base
 from realfill.nano.photographs import photograph
 from realfill.rank.matchers import load_matcher
@@ -80,7 +80,7 @@ def measure_requests(
         RuntimeError: The service did not rank every candidate.
     """
     square = alone(partial(square_of, base.size_px))
-    photos = alone(partial(_references, base.size_px))
+    photos = alone(partial(references_of, base.size_px))
     extras = {f"references.{k}": photo for k, photo in enumerate(photos)}
     capsule = alone(partial(random_capsule, base, SCENE, rank=rank, seed=0, extras=extras))
     measured = Requests()
@@ -140,14 +140,12 @@ def _peers(
         drawn[:] = [draw_all()]
 
     def rank_all() -> None:
-        seen = at_working_size(ours, drawn[0].float())
-        mask = F.interpolate(job.mask[None, None], seen.shape[-2:])[0, 0]
-        counts(model, Pictures(seen, tuple(references), mask.to(base.device)))
+        counts_at_working_size(model, ours, drawn[0], references, job.mask)
 
     return draw, rank_all
 
 
-def _references(size_px: int) -> list[Tensor]:
+def references_of(size_px: int) -> list[Tensor]:
     """Three photographs as a capsule carries them. [3, S, S] each, uint8"""
     photos = []
     for name in REFERENCES:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from kornia.feature import LoFTR
 from torch import Tensor
+from torch.nn import functional as F
 
 from benchmarks.ranking.pictures import Pictures
 from realfill.rank.matching import LoFTRMatcher
+from realfill.rank.references import at_working_size
 
 PEER = "kornia LoFTR.forward, same weights, candidate by candidate and reference by reference"
 
@@ -38,3 +42,24 @@ def counts(model: LoFTR, seen: Pictures) -> Tensor:
             row.append(int(hole[y, x].sum()))
         table.append(row)
     return torch.tensor(table)
+
+
+def counts_at_working_size(
+    model: LoFTR,
+    matcher: LoFTRMatcher,
+    drawn: Tensor,
+    references: Sequence[Tensor],
+    mask: Tensor,
+) -> Tensor:
+    """Matches that begin in the hole, for each candidate as it was drawn. [N, R]
+
+    Args:
+        model: From ``naive_kornia``.
+        matcher: Whose working size counts.
+        drawn: Candidates in [0, 1]. [N, 3, H, W]
+        references: At working size already. [1, h, w] each
+        mask: 1 where pixels were missing. [H, W]
+    """
+    seen = at_working_size(matcher, drawn.float())
+    hole = F.interpolate(mask[None, None], seen.shape[-2:])[0, 0]
+    return counts(model, Pictures(seen, tuple(references), hole.to(matcher.device)))
