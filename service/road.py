@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cache, partial
 from typing import Protocol, TypeVar
@@ -84,6 +85,10 @@ class Lane(Protocol):
 
     def forget(self, digest: str) -> None:
         """Keep nothing of an adapter on the device."""
+        ...
+
+    def turn(self) -> AbstractContextManager[float]:
+        """While it lasts, the lane leaves its cores to whoever has it."""
         ...
 
     def metrics(self) -> EngineMetrics | None:
@@ -271,7 +276,7 @@ class Road:
         if references is None or self.matcher is None:
             return None
         candidates = composited(pending, samples)
-        with self._rank_lock:
+        with self._cores(), self._rank_lock:
             return rank_candidates(self.matcher, candidates, pending.job.mask, references).to("cpu")
 
     def _judge(self, references: ReferenceFeatures, job: Job, previews: Tensor) -> Tensor:
@@ -280,8 +285,13 @@ class Road:
         previews = previews.float()
         target, mask = job.target.to(previews), job.mask.to(previews)
         previews = composite(previews, target, mask, feather_px=0)
-        with self._rank_lock:
+        with self._cores(), self._rank_lock:
             return rank_candidates(self.matcher, previews, job.mask, references).ordered_by.cpu()
+
+    def _cores(self) -> AbstractContextManager[float]:
+        """For a matcher: those of the lane, if it computes with more than one."""
+        several = self.matcher is not None and self.matcher.takes_all_cores
+        return self.engine.turn() if several else nullcontext(0.0)
 
     def _load(self, version: Version) -> Loaded:
         """The capsule of a version, from the registry."""
@@ -318,7 +328,8 @@ class Road:
         kept = from_extras(self.matcher, capsule.extras)
         if kept is not None and len(kept) == len(photos):
             return kept
-        return prepare_references(self.matcher, photos)
+        with self._cores():
+            return prepare_references(self.matcher, photos)
 
 
 def _seamless(pending: Pending, samples: Tensor) -> Tensor:

@@ -110,12 +110,14 @@ class Matcher(Protocol):
         size_multiple: Heights and widths must be multiples of it, itself one of 8.
         working_px: Long side at which it matches best.
         threshold: Confidence above which it takes a match for sure, at least 0.
+        takes_all_cores: Whether it computes with every core, whatever the calling thread may use.
     """
 
     name: str
     size_multiple: int
     working_px: int
     threshold: float
+    takes_all_cores: bool = False
 
     @property
     def digest(self) -> str:

@@ -83,6 +83,7 @@ class OnnxLoFTRMatcher(Matcher):
         self._lock = threading.Lock()
         self._threads = 1 if self.device.type == "cuda" else torch.get_num_threads()
         self._pool = _single_threads(self._threads)
+        self.takes_all_cores = self._threads > 1
 
     @property
     def digest(self) -> str:

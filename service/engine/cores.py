@@ -1,4 +1,4 @@
-"""Who computes with several cores: the lane and its crew, and nobody else while they run.
+"""Who computes with several cores: the lane and its crew, or in turns with them whoever ranks.
 
 Every thread that runs a large operation of torch gets an OpenMP team of its own, which stays until
 the thread ends. GNU's OpenMP lets the members of a team wait actively for their next piece of work
@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import itertools
 import threading
+import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -36,6 +38,47 @@ def all_cores(count: int) -> Iterator[None]:
     finally:
         torch.set_num_threads(before)
         _start_others_with(before)
+
+
+class Turns:
+    """One thread at a time computes with all cores, whoever came first.
+
+    Two that do so at once wait actively for their own teams on each other's cores, and take longer
+    than one after the other. Whoever has the turn may take it again.
+    """
+
+    def __init__(self) -> None:
+        self._changing = threading.Lock()
+        self._owner: int | None = None
+        self._depth = 0
+        self._waiting: deque[tuple[int, threading.Event]] = deque()
+
+    def __enter__(self) -> float:
+        """Seconds that were waited."""
+        me = threading.get_ident()
+        with self._changing:
+            if self._owner in (None, me):
+                self._owner = me
+                self._depth += 1
+                return 0.0
+            handed_on = threading.Event()
+            self._waiting.append((me, handed_on))
+        began = time.perf_counter()
+        handed_on.wait()
+        return time.perf_counter() - began
+
+    def __exit__(self, *_: object) -> None:
+        with self._changing:
+            self._depth -= 1
+            if self._depth:
+                return
+            if not self._waiting:
+                self._owner = None
+                return
+            # Handed on, so that nobody overtakes whoever waits.
+            self._depth = 1
+            self._owner, handed_on = self._waiting.popleft()
+            handed_on.set()
 
 
 class Crew:

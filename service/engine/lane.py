@@ -14,7 +14,7 @@ import torch
 from service.engine.batcher import Batcher
 from service.engine.board import Board, tell_cancelled
 from service.engine.buckets import bucket_sizes
-from service.engine.cores import all_cores
+from service.engine.cores import Turns, all_cores
 from service.engine.cost import CostModel
 from service.engine.job import Job
 from service.engine.moment import Step
@@ -61,6 +61,7 @@ class Lane:
         cores: That the lane computes with, where the device is a CPU.
 
     Attributes:
+        turns: It has one while it computes, and others who need its cores take theirs between.
         ready: Set once turns are taken, or once it is clear that none will be.
     """
 
@@ -74,6 +75,9 @@ class Lane:
         self._batcher = Batcher(runner.max_samples)
         self._max_running = max_running
         self._cores = cores
+        self.turns = Turns()
+        # For its turns, since the last step was counted.
+        self._waited_s = 0.0
         self._most_samples = RUNNING_BATCHES * runner.max_samples
         self._under_way: Step | None = None
         self._judges = ThreadPoolExecutor(1, thread_name_prefix="judge")
@@ -100,7 +104,10 @@ class Lane:
         self._calibrate()
         self.ready.set()
         while self._attend():
-            if not self._turn():
+            with self.turns as waited_s:
+                self._waited_s += waited_s
+                moved = self._turn()
+            if not moved:
                 with self.board.changed:
                     self.board.changed.wait(PAUSE_S)
 
@@ -282,7 +289,8 @@ class Lane:
         step.ended.wait()
         expected = self.cost.step_s(step.size, corrected=False)
         if expected is not None:
-            self.cost.observe(expected, step.ended.since(step.began))
+            self.cost.observe(expected, self._waited_s + step.ended.since(step.began))
+        self._waited_s = 0.0
         self.board.add_up("steps")
         for task, count in step.counts.items():
             if task in self.board.running:

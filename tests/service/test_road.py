@@ -132,6 +132,33 @@ def test_what_is_made_while_a_gpu_draws_is_the_same(
     assert made_in[1:] == [threading.current_thread().name]
 
 
+@pytest.mark.parametrize("several", [False, True])
+def test_a_matcher_of_many_cores_takes_turns_with_the_lane(
+    base: Base, tower: bytes, tmp_path: Path, image: Tensor, mask: Tensor, several: bool
+) -> None:
+    """It looks at the references in one and ranks in another; one of a single core needs none."""
+    engine = GreyEngine()
+    road = road_of(base, tmp_path, engine)
+    assert road.matcher is not None
+    road.matcher.takes_all_cores = several
+    road.registry.publish(tower)
+    road.complete("tower", image, mask, PLAN)
+    assert engine.turns == (2 if several else 0)
+
+
+def test_onnx_runtime_takes_all_cores_and_torch_the_threads_own() -> None:
+    """With one core there is nothing to take turns for."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        assert load_matcher("onnx:nano", "cpu").takes_all_cores
+        assert not load_matcher("torch:nano", "cpu").takes_all_cores
+        torch.set_num_threads(1)
+        assert not load_matcher("onnx:nano", "cpu").takes_all_cores
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_a_capsule_without_references_keeps_the_order_of_seeds(
     road: Road, base: Base, tower: bytes, image: Tensor, mask: Tensor
 ) -> None:

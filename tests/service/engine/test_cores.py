@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
-from service.engine.cores import MOST_MEMBERS, Crew, all_cores, crew_for
+from service.engine.cores import MOST_MEMBERS, Crew, Turns, all_cores, crew_for
 from service.engine.engine import Engine
 from tests.service.engine.test_lane import WAIT_S, Blocker, job_for
 from tests.service.engine.test_sharing import scene
@@ -87,6 +88,73 @@ def test_a_crew_shares_a_batch_among_threads_of_one_core() -> None:
     assert ended == ["well"]
     assert crew.work([lambda: 7]) == [7]
     crew.release()
+
+
+def test_turns_are_taken_one_at_a_time_in_the_order_of_asking() -> None:
+    """Whoever has one may take it again; the others wait, and are told for how long."""
+    turns = Turns()
+    order: list[str] = []
+    waited: list[float] = []
+
+    def take(name: str) -> None:
+        with turns as seconds, turns:
+            waited.append(seconds)
+            order.append(name)
+
+    threads = []
+    with turns as seconds:
+        assert seconds == 0
+        for name in "abc":
+            thread = threading.Thread(target=take, args=name)
+            thread.start()
+            threads.append(thread)
+            # Until this one waits, and the next one may.
+            until = time.monotonic() + WAIT_S
+            while len(turns._waiting) < len(threads):
+                assert time.monotonic() < until
+        with turns:
+            pass
+        assert order == []
+        time.sleep(0.05)
+    for thread in threads:
+        thread.join(WAIT_S)
+    assert order == ["a", "b", "c"]
+    assert min(waited) > 0.04
+    with turns as seconds:
+        assert seconds == 0
+
+
+def test_the_lane_makes_no_step_while_somebody_else_has_the_turn() -> None:
+    """And what it waited counts as time that steps take, so that promises stay true."""
+    base = tiny_base()
+    with Engine(base) as engine:
+        engine.submit(job_for(base, steps=20)).result(WAIT_S)
+        before = engine.cost.drift
+        with engine.turn():
+            future = engine.submit(job_for(base, steps=1))
+            with pytest.raises(TimeoutError):
+                future.result(0.3)
+            assert engine.metrics().steps == 20
+        future.result(WAIT_S)
+        assert engine.cost.drift > before + 0.5
+
+
+def test_whoever_is_answered_in_the_lane_may_take_the_turn_there() -> None:
+    """As a completion that ranks in the lane's thread while the service ends."""
+    base = tiny_base()
+    told = threading.Event()
+
+    def rank(engine: Engine) -> None:
+        with engine.turn():
+            told.set()
+
+    with Engine(base) as engine:
+        blocker = Blocker(base)
+        future = blocker.submit(engine)
+        future.add_done_callback(lambda _: rank(engine))
+        blocker.release.set()
+        future.result(WAIT_S)
+        assert told.wait(WAIT_S)
 
 
 def test_a_crew_is_for_a_few_cores() -> None:
