@@ -35,7 +35,8 @@ class Sample:
     """One request. Times are seconds since the start of the run.
 
     ``latency_s`` counts from when the request was due, so that waiting for a late generator or
-    behind slow answers is part of it; ``lag_s`` is the generator's own lateness.
+    behind slow answers is part of it; ``lag_s`` is the generator's own lateness. ``timings`` is
+    what the service says of its stages in ms, as ``queue;dur=3.1, sample;dur=80.2``.
     """
 
     index: int
@@ -46,7 +47,7 @@ class Sample:
     status: int | None
     outcome: Outcome
     retry_after: str | None
-    server_timing: str | None
+    timings: str | None
     error: str | None
 
     @property
@@ -169,7 +170,7 @@ async def _send(
         status=None if response is None else response.status_code,
         outcome=outcome,
         retry_after=headers.get("retry-after"),
-        server_timing=headers.get("server-timing"),
+        timings=headers.get("x-realfill-timings"),
         error=error,
     )
 

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any, get_args
 
 from rich.table import Table
@@ -15,6 +16,8 @@ from benchmarks import surroundings
 from benchmarks.load.driver import Outcome, Sample, is_loopback
 
 PERCENTS = (50, 90, 95, 99)
+# Shown in the table; the report has them all.
+LONGEST_STAGES = 5
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,7 @@ def summarize(samples: Sequence[Sample], conditions: Conditions, *, cpu_s: float
         "first_error": next((s.error for s in samples if s.error is not None), None),
         "throttled_without_retry_after": sum(s.retry_after is None for s in throttled),
         "latency_s": _latency(answered),
+        "stages_ms": _stages([s.timings for s in samples if s.outcome == "ok" and s.timings]),
         "scenes": {
             scene: _latency([s.latency_s for s in samples if s.scene == scene if s.outcome == "ok"])
             for scene in conditions.scenes
@@ -97,6 +101,15 @@ def summarize(samples: Sequence[Sample], conditions: Conditions, *, cpu_s: float
 def _latency(values: Sequence[float]) -> dict[str, float | None]:
     percentiles = {f"p{percent}": percentile(values, percent) for percent in PERCENTS}
     return {"n": len(values), **percentiles, "max": max(values, default=None)}
+
+
+def _stages(timings: Sequence[str]) -> dict[str, float]:
+    """Median milliseconds of each stage that answers tell of; see ``Sample``."""
+    found: dict[str, list[float]] = {}
+    for said in timings:
+        for stage, _, ms in (part.strip().partition(";dur=") for part in said.split(",")):
+            found.setdefault(stage, []).append(float(ms))
+    return {stage: median(values) for stage, values in found.items()}
 
 
 def write(folder: Path, samples: Sequence[Sample], summary: Mapping[str, Any]) -> None:
@@ -125,6 +138,9 @@ def table(summary: Mapping[str, Any]) -> Table:
         lines.add_row(f"latency p{percent}", needed if value is None else f"{value:.3f} s")
     if latency["max"] is not None:
         lines.add_row("latency max", f"{latency['max']:.3f} s")
+    stages = sorted(summary["stages_ms"].items(), key=lambda stage: -stage[1])
+    for stage, ms in stages[:LONGEST_STAGES]:
+        lines.add_row(f"stage {stage}, median", f"{ms:.0f} ms")
     for outcome, count in outcomes.items():
         if count or outcome != "rejected":
             lines.add_row(outcome.replace("_", " "), str(count))

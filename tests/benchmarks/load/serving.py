@@ -47,7 +47,7 @@ def application(seen: Seen) -> FastAPI:
         if scene == "absent":
             return Response(status_code=404, content="no such scene")
         await asyncio.sleep({"slow": SLOW_S, "hung": 5.0}.get(scene, 0.0))
-        return Response(content=b"image", headers={"Server-Timing": "sample;dur=1.5"})
+        return Response(content=b"image", headers={"X-RealFill-Timings": "sample;dur=1.5"})
 
     return app
 

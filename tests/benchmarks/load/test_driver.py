@@ -40,7 +40,7 @@ def test_request_carries_both_files_and_the_fields(url: str, seen: Seen) -> None
         "scene": "tower", "seed": "17", "steps": "8", "image": 300, "mask": 40,
     }  # fmt: skip
     assert (sample.outcome, sample.status) == ("ok", 200)
-    assert sample.server_timing == "sample;dur=1.5"
+    assert sample.timings == "sample;dur=1.5"
 
 
 def test_requests_leave_when_due_however_slow_the_answers(url: str) -> None:

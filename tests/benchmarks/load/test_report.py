@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -37,7 +38,7 @@ def sample(
         status=None,
         outcome=outcome,
         retry_after=retry_after,
-        server_timing=None,
+        timings=None,
         error=None if outcome == "ok" else "it failed",
     )
 
@@ -113,6 +114,18 @@ def test_latency_counts_from_when_the_request_was_due() -> None:
     assert summary["generator"]["cpu_share"] == pytest.approx(0.05)
     assert summary["scenes"]["bridge"]["max"] == 1.0
     assert summary["scenes"]["tower"]["n"] == 2
+
+
+def test_stages_are_medians_of_what_answers_say() -> None:
+    """In ms; an answer that says nothing is left out, and so is what failed."""
+    said = ("queue;dur=1.0, rank;dur=30", "queue;dur=5, rank;dur=10", "queue;dur=3.5, rank;dur=20")
+    answers = [replace(sample(0, 1), timings=timings) for timings in (*said, None)]
+    failed = replace(sample(0, 1, "server_error"), timings="queue;dur=900")
+    summary = summarize([*answers, failed], conditions(), cpu_s=0)
+    assert summary["stages_ms"] == {"queue": 3.5, "rank": 20.0}
+    console = Console(record=True, width=100)
+    console.print(table(summary))
+    assert "stage rank, median" in console.export_text()
 
 
 def test_run_without_a_request_has_a_report() -> None:
