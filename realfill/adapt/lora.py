@@ -59,6 +59,8 @@ def parameters_of(layers: list[LoraLayer]) -> list[nn.Parameter]:
 def drop(layers: list[LoraLayer], config: TrainingConfig, generator: torch.Generator) -> None:
     """Switch branches off for one step, each layer by itself or all together.
 
+    A branch that is off is not computed, and its factors get no gradient.
+
     Source: RealFill, arXiv:2309.16668, section 3.3: LoRA layers are dropped with probability 0.1.
     """
     if config.lora_drop_mode == "element" or not config.lora_dropout:
@@ -66,12 +68,13 @@ def drop(layers: list[LoraLayer], config: TrainingConfig, generator: torch.Gener
     count = len(layers) if config.lora_drop_mode == "layer" else 1
     kept = torch.rand(count, generator=generator) >= config.lora_dropout
     for index, layer in enumerate(layers):
-        layer.scaling[NAME] = config.scale * float(kept[index % count])
+        layer.enable_adapters(bool(kept[index % count]))
 
 
 def restore(layers: list[LoraLayer], config: TrainingConfig, strength: float = 1.0) -> None:
     """Switch every branch on, at a share of its full strength."""
     for layer in layers:
+        layer.enable_adapters(True)
         layer.scaling[NAME] = config.scale * strength
 
 

@@ -153,7 +153,12 @@ class _Run:
                 f"train again with rate_unet below {config.rate_unet:g}."
             )
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        if loss.requires_grad:
+            loss.backward()
+        for parameter in self.parameters:
+            if parameter.grad is None:
+                # Of a branch that was off: no gradient is one of 0, by which momentum fades.
+                parameter.grad = torch.zeros_like(parameter)
         nn.utils.clip_grad_norm_(self.parameters, config.clip_norm)
         self.optimizer.step()
         self.running = 0.95 * self.running + 0.05 * loss.item() if self.running else loss.item()

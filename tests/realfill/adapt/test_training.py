@@ -8,6 +8,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft.tuners.lora import LoraLayer
+from torch import Tensor
 
 from realfill.adapt.lora import drop, factors_in, parameters_of
 from realfill.adapt.loss import target_of, timesteps_of, weighted_error
@@ -17,7 +19,7 @@ from realfill.adapt.training import Record, train
 from realfill.base import Base, target_layers
 from realfill.capsule import read_capsule
 from realfill.complete.compositing import crop_mask, window_of
-from realfill.config import TrainingConfig, preset
+from realfill.config import LoraDropout, TrainingConfig, preset
 from realfill.errors import TrainingDiverged
 from realfill.scene import Scene
 from tests.tiny import tiny_base
@@ -67,6 +69,13 @@ def last_of(
     """The last record of a run."""
     *_, record = train(base, scene, config, checkpoint=checkpoint)
     return record
+
+
+def factors_of(base: Base, record: Record) -> Tensor:
+    """All factors of a run's capsule, one behind the other. [F]"""
+    assert record.capsule is not None
+    pairs = read_capsule(record.capsule, base).adapter.factors.values()
+    return torch.cat([factor.float().flatten() for pair in pairs for factor in pair])
 
 
 def test_same_inputs_give_the_same_bytes_and_leave_the_base_alone(base: Base, scene: Scene) -> None:
@@ -207,9 +216,32 @@ def test_layers_are_dropped_one_by_one(base: Base) -> None:
         config = small(lora_dropout=0.5, lora_drop_mode=mode)
         with factors_in(base.unet, base.adapter_modules, config) as layers:
             drop(layers, config, torch.Generator().manual_seed(0))
-            scalings = {layer.scaling["scene"] for layer in layers}
-            assert len(scalings) == kinds
-            assert scalings <= {0.0, config.scale}
+            assert len({layer.disable_adapters for layer in layers}) == kinds
+
+
+@pytest.mark.parametrize("mode", ["layer", "all"])
+def test_dropped_layers_cost_nothing_and_change_nothing(
+    base: Base, scene: Scene, monkeypatch: pytest.MonkeyPatch, mode: LoraDropout
+) -> None:
+    """The factors are those of branches that are computed and then multiplied by 0.
+
+    To rounding: gradients of what several layers read are summed in another order.
+    """
+
+    def scale_by_zero(
+        layers: list[LoraLayer], config: TrainingConfig, generator: torch.Generator
+    ) -> None:
+        count = len(layers) if config.lora_drop_mode == "layer" else 1
+        kept = torch.rand(count, generator=generator) >= config.lora_dropout
+        for index, layer in enumerate(layers):
+            layer.scaling["scene"] = config.scale * float(kept[index % count])
+
+    config = small(lora_dropout=0.5, lora_drop_mode=mode, rate_text=0.0)
+    skipped = factors_of(base, last_of(base, scene, config))
+    monkeypatch.setattr("realfill.adapt.training.drop", scale_by_zero)
+    computed = factors_of(base, last_of(base, scene, config))
+    assert torch.allclose(skipped, computed, rtol=0, atol=1e-5)
+    assert computed.abs().max() > 0.1
 
 
 def test_fresh_factors_change_nothing(base: Base) -> None:
