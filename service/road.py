@@ -33,6 +33,7 @@ from realfill.rank import (
 )
 from registry import Registry, Version
 from registry.signing import Guard
+from service.after_lane import AfterLane
 from service.answer import (
     Ahead,
     Answer,
@@ -117,6 +118,7 @@ class Road:
         self.matcher = matcher
         self.leases = Leases(registry, self.let_go, lease_s=lease_s)
         self.capsules = Capsules(self._load, self.leases, budget_bytes=host_bytes)
+        self.after_lane = AfterLane()
         self.resolver = Resolver(registry, patience_s=patience_s)
         self._guard = guard or Guard()
         # Rankings compete with the lane for the device; one at a time bounds their memory.
@@ -236,6 +238,7 @@ class Road:
             steps=plan.steps,
             sampler=plan.sampler,
             deadline=plan.deadline,
+            after_s=self.after_lane.expected_s,
             cancel=cancel,
         )
         references = found.loaded.references

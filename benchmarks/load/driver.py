@@ -36,7 +36,8 @@ class Sample:
 
     ``latency_s`` counts from when the request was due, so that waiting for a late generator or
     behind slow answers is part of it; ``lag_s`` is the generator's own lateness. ``timings`` is
-    what the service says of its stages in ms, as ``queue;dur=3.1, sample;dur=80.2``.
+    what the service says of its stages in ms, as ``queue;dur=3.1, sample;dur=80.2``, and
+    ``partial`` whether a deadline took candidates from the answer.
     """
 
     index: int
@@ -48,6 +49,7 @@ class Sample:
     outcome: Outcome
     retry_after: str | None
     timings: str | None
+    partial: bool
     error: str | None
 
     @property
@@ -171,6 +173,7 @@ async def _send(
         outcome=outcome,
         retry_after=headers.get("retry-after"),
         timings=headers.get("x-realfill-timings"),
+        partial="x-realfill-partial" in headers,
         error=error,
     )
 

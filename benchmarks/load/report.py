@@ -55,7 +55,7 @@ def summarize(samples: Sequence[Sample], conditions: Conditions, *, cpu_s: float
 
     Rates are per second of wall time, from the start to the last answer, or the planned duration
     where that is longer. Latency is that of the answers with status 2xx; every other request counts
-    as not good.
+    as not good, and so does an answer from which a deadline took candidates.
 
     Args:
         samples: One per request.
@@ -63,8 +63,10 @@ def summarize(samples: Sequence[Sample], conditions: Conditions, *, cpu_s: float
         cpu_s: Processor time that the generator itself used.
     """
     wall_s = max([conditions.duration_s, *(sample.finished_s for sample in samples)])
-    answered = [sample.latency_s for sample in samples if sample.outcome == "ok"]
-    good = sum(latency <= conditions.slo_s for latency in answered)
+    answers = [sample for sample in samples if sample.outcome == "ok"]
+    answered = [sample.latency_s for sample in answers]
+    whole = [sample.latency_s for sample in answers if not sample.partial]
+    good = sum(latency <= conditions.slo_s for latency in whole)
     lags = [sample.lag_s for sample in samples]
     counts = Counter(sample.outcome for sample in samples)
     throttled = [sample for sample in samples if sample.outcome == "throttled"]
@@ -76,10 +78,11 @@ def summarize(samples: Sequence[Sample], conditions: Conditions, *, cpu_s: float
         "goodput_per_s": good / wall_s,
         "good_share": good / len(samples) if samples else None,
         "outcomes": {outcome: counts[outcome] for outcome in get_args(Outcome)},
+        "partial": len(answers) - len(whole),
         "first_error": next((s.error for s in samples if s.error is not None), None),
         "throttled_without_retry_after": sum(s.retry_after is None for s in throttled),
         "latency_s": _latency(answered),
-        "stages_ms": _stages([s.timings for s in samples if s.outcome == "ok" and s.timings]),
+        "stages_ms": _stages([s.timings for s in answers if s.timings]),
         "scenes": {
             scene: _latency([s.latency_s for s in samples if s.scene == scene if s.outcome == "ok"])
             for scene in conditions.scenes
@@ -144,6 +147,8 @@ def table(summary: Mapping[str, Any]) -> Table:
     for outcome, count in outcomes.items():
         if count or outcome != "rejected":
             lines.add_row(outcome.replace("_", " "), str(count))
+    if summary["partial"]:
+        lines.add_row("of the ok, partial", str(summary["partial"]))
     if summary["first_error"] is not None:
         lines.add_row("first error", summary["first_error"])
     generator = summary["generator"]

@@ -89,6 +89,11 @@ class CostModel:
                 value = seconds[at - 1] + share * (seconds[at] - seconds[at - 1])
             return value * (self._drift if corrected else 1.0)
 
+    def decoding_s(self, samples: int) -> float:
+        """Seconds to decode so many; 0 before the calibration."""
+        with self._lock:
+            return samples * self._decode_s
+
     def seconds_for(self, sample_steps: float, samples: int = 0) -> float | None:
         """Lane time of sample-steps in full batches and of decoding samples; None as above."""
         rate = self.per_s

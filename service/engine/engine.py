@@ -229,11 +229,13 @@ class Engine:
         if job.deadline is None or backlog is None or alone is None or least is None:
             return None
         left = job.deadline - time.monotonic()
+        least += job.after_s(1)
         if least > left:
             return DeadlineExceeded(
                 f"One candidate takes about {least:.2g} s and the deadline is in "
                 f"{max(left, 0):.2g} s: ask for fewer steps, or allow more time."
             )
+        alone += job.after_s(len(job.seeds))
         # Where an idle lane could not finish all of it either, waiting would not help.
         if backlog + min(alone, left) <= left:
             return None

@@ -12,6 +12,11 @@ from realfill.capsule import Adapter
 from service.engine.halving import Halving
 
 
+def no_time(_: int) -> float:
+    """Samples are of use as soon as they are there."""
+    return 0.0
+
+
 @dataclass(frozen=True, eq=False)
 class Job:
     """One completion to sample, at the size of the base.
@@ -26,7 +31,9 @@ class Job:
         steps: U-Net calls per sample.
         sampler: ddpm, ddim, ddim-quadratic or dpm++2m.
         tenant: On whose behalf; tenants share the lane evenly, and so do the scenes of one.
-        deadline: When it has to end with what is finished, on ``time.monotonic``'s clock.
+        deadline: When what is finished has to be of use, on ``time.monotonic``'s clock.
+        after_s: Seconds that whoever submitted it needs for so many samples, after they are decoded
+            and before the deadline.
         halving: When to look at its samples and which to give up; None keeps all.
         cancel: Set it and the job ends within one step.
         on_step: Called in the lane after each of its steps with the sample-steps done and their
@@ -43,6 +50,7 @@ class Job:
     sampler: str
     tenant: str = ""
     deadline: float | None = None
+    after_s: Callable[[int], float] = no_time
     halving: Halving | None = None
     cancel: threading.Event = field(default_factory=threading.Event)
     on_step: Callable[[int, int], None] | None = None

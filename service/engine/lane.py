@@ -132,7 +132,7 @@ class Lane:
         for task in list(self.board.running):
             if task.cancelled:
                 self._end(task, Cancelled("the job was cancelled"))
-            elif task.late:
+            elif task.late(self.cost.decoding_s):
                 self._stop(task)
         self._begin_jobs()
         for task in list(self.board.running):
@@ -151,7 +151,7 @@ class Lane:
             waiting = list(self.board.waiting)
         passed: list[Task] = []
         for task in waiting:
-            if task.late:
+            if task.late(self.cost.decoding_s):
                 self.board.withdraw(task, _too_late())
                 continue
             running = self.board.running
@@ -187,7 +187,8 @@ class Lane:
         at_once = self.runner.max_samples
         for count in range(len(job.seeds), 0, -1):
             alone = self.cost.alone_s(count, job.steps, at_once)
-            if count == 1 or (alone is not None and alone * PRUDENCE <= left):
+            fits = alone is not None and alone * PRUDENCE + job.after_s(count) <= left
+            if count == 1 or fits:
                 task.at_once = count
                 return
 
@@ -209,7 +210,7 @@ class Lane:
             self.runner.weights.give_back(task.job.digest)
 
     def _stop(self, task: Task) -> None:
-        """A deadline has come: go on with what is finished, if anything is."""
+        """A deadline has come: decode what is finished, if anything is."""
         task.stop()
         if not task.samples:
             self._end(task, _too_late())

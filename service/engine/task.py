@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -69,10 +70,19 @@ class Task:
         """Whether nobody waits for it any more."""
         return self.future.cancelled() or self.job.cancel.is_set()
 
-    @property
-    def late(self) -> bool:
-        """Whether its deadline has come."""
-        return self.job.deadline is not None and time.monotonic() >= self.job.deadline
+    def late(self, decoding_s: Callable[[int], float]) -> bool:
+        """Whether what is finished has to be decoded now; with nothing finished, at the deadline.
+
+        Args:
+            decoding_s: Expected seconds of decoding so many samples.
+        """
+        if self.job.deadline is None:
+            return False
+        finished = sum(sample.finished for sample in self.samples)
+        needs_s = 0.0
+        if finished:
+            needs_s = decoding_s(finished - len(self.images)) + self.job.after_s(finished)
+        return time.monotonic() + needs_s >= self.job.deadline
 
     def movable(self) -> list[Sample]:
         """Samples that could make a step now, in the order of their seeds."""
@@ -92,7 +102,7 @@ class Task:
         slack, needs = None, 0.0
         if self.job.deadline is not None:
             needs = (step_s or 0.0) * max(self.job.steps - s.index for s in movable)
-            slack = self.job.deadline - time.monotonic() - needs
+            slack = self.job.deadline - time.monotonic() - needs - self.job.after_s(len(movable))
         scene, tenant = self.job.digest, self.job.tenant
         return Ready(self, tenant, scene, len(movable), slack_s=slack, needs_s=needs)
 

@@ -14,6 +14,7 @@ import pytest
 from fastapi.testclient import TestClient
 from PIL import Image
 
+from realfill.base import Base
 from service.engine import Engine
 from service.http import create_app
 from service.settings import Settings
@@ -194,6 +195,16 @@ def test_an_answer_says_whether_the_references_support_it(serve: Serve) -> None:
     assert image.width > 512
     best = serve().post(PATH, files=uploads(), data={"seed": "6"})
     assert best.headers["x-realfill-verdict"] == plain["candidates"][0]["verdict"]
+
+
+def test_what_follows_the_lane_is_learnt(base: Base, capsule: bytes, tmp_path: Path) -> None:
+    """From each completion; deadlines leave as much time for it."""
+    road = road_of(base, tmp_path)
+    road.registry.publish(capsule)
+    with TestClient(create_app(road, Settings())) as client:
+        assert road.after_lane.expected_s(2) == 0.0
+        client.post(PATH, files=uploads(), data={"candidates": "2"})
+    assert 0 < road.after_lane.expected_s(2) < 5
 
 
 def test_a_deadline_gives_what_is_finished_and_says_so(capsule: bytes, tmp_path: Path) -> None:

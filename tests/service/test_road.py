@@ -159,6 +159,18 @@ def test_onnx_runtime_takes_all_cores_and_torch_the_threads_own() -> None:
         torch.set_num_threads(before)
 
 
+def test_a_deadline_leaves_time_for_what_comes_after_the_lane(
+    road: Road, image: Tensor, mask: Tensor
+) -> None:
+    """As much as the last completions of as many candidates took."""
+    assert isinstance(road.engine, GreyEngine)
+    road.complete("tower", image, mask, replace(PLAN, deadline=1000.0))
+    (job,) = road.engine.jobs
+    assert (job.deadline, job.after_s(3)) == (1000.0, 0.0)
+    road.after_lane.learn(3, 0.25)
+    assert job.after_s(3) == 0.25
+
+
 def test_a_capsule_without_references_keeps_the_order_of_seeds(
     road: Road, base: Base, tower: bytes, image: Tensor, mask: Tensor
 ) -> None:

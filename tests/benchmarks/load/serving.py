@@ -29,7 +29,10 @@ class Seen:
 
 
 def application(seen: Seen) -> FastAPI:
-    """Scenes: ``slow`` takes 0.4 s, ``busy`` gives 429, ``broken`` 500, ``hung`` no answer soon."""
+    """Scenes: ``slow`` takes 0.4 s, ``busy`` gives 429, ``broken`` 500, ``hung`` no answer soon.
+
+    ``late`` gives a partial answer.
+    """
     app = FastAPI()
 
     @app.get("/readyz")
@@ -47,7 +50,10 @@ def application(seen: Seen) -> FastAPI:
         if scene == "absent":
             return Response(status_code=404, content="no such scene")
         await asyncio.sleep({"slow": SLOW_S, "hung": 5.0}.get(scene, 0.0))
-        return Response(content=b"image", headers={"X-RealFill-Timings": "sample;dur=1.5"})
+        headers = {"X-RealFill-Timings": "sample;dur=1.5"}
+        if scene == "late":
+            headers["X-RealFill-Partial"] = "3/16"
+        return Response(content=b"image", headers=headers)
 
     return app
 

@@ -41,6 +41,8 @@ def test_request_carries_both_files_and_the_fields(url: str, seen: Seen) -> None
     }  # fmt: skip
     assert (sample.outcome, sample.status) == ("ok", 200)
     assert sample.timings == "sample;dur=1.5"
+    (late,) = driven(url, [Arrival(at_s=0.0, scene="late", seed=0)])
+    assert (sample.partial, late.partial) == (False, True)
 
 
 def test_requests_leave_when_due_however_slow_the_answers(url: str) -> None:

@@ -39,6 +39,7 @@ def sample(
         outcome=outcome,
         retry_after=retry_after,
         timings=None,
+        partial=False,
         error=None if outcome == "ok" else "it failed",
     )
 
@@ -126,6 +127,18 @@ def test_stages_are_medians_of_what_answers_say() -> None:
     console = Console(record=True, width=100)
     console.print(table(summary))
     assert "stage rank, median" in console.export_text()
+
+
+def test_a_partial_answer_is_none_that_is_good() -> None:
+    """It counts as an answer, with its latency, and by itself."""
+    samples = [sample(0, 0.5), replace(sample(0, 0.5), partial=True)]
+    summary = summarize(samples, conditions(), cpu_s=0)
+    assert summary["outcomes"]["ok"] == summary["latency_s"]["n"] == 2
+    assert summary["partial"] == 1
+    assert summary["good_share"] == 0.5
+    console = Console(record=True, width=100)
+    console.print(table(summary))
+    assert "of the ok, partial" in console.export_text()
 
 
 def test_run_without_a_request_has_a_report() -> None:

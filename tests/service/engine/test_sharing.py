@@ -115,6 +115,34 @@ def test_a_deadline_ends_a_job_with_what_is_finished(base: Base) -> None:
     assert (metrics.completed, metrics.partial) == (1, 1)
 
 
+def test_a_deadline_leaves_time_to_decode_what_is_finished(base: Base) -> None:
+    """And for what comes afterwards: three pairs are finished, and both are expected to take long.
+
+    What is refused, and how many samples move at first, allows for it, too.
+    """
+    seeds = tuple(range(20))
+    decode_s, after_s = 0.05, 0.05
+    with Engine(base, max_samples=2) as engine:
+        engine.submit(job_for(base, seeds=seeds)).result(WAIT_S)
+        engine.cost.calibrate([1], lambda size: 1e-6, lambda: decode_s)
+        deadline = time.monotonic() + 6.0
+
+        def on_step(done: int, total: int) -> None:
+            if done == 12:
+                needs_s = 6 * (decode_s + after_s)
+                time.sleep(max(0.0, deadline - needs_s - time.monotonic()) + 0.01)
+
+        more = {"deadline": deadline, "after_s": lambda samples: after_s * samples}
+        job = job_for(base, seeds=seeds, on_step=on_step, **more)
+        partial = engine.submit(job).result(WAIT_S)
+        assert time.monotonic() < deadline
+        hopeless = job_for(base, deadline=time.monotonic() + 9, after_s=lambda _: 60.0)
+        with pytest.raises(DeadlineExceeded, match=r"One candidate takes about 60 s"):
+            engine.submit(hopeless)
+    assert partial.partial
+    assert partial.seeds == seeds[:6]
+
+
 def test_a_deadline_before_the_first_candidate_is_an_error(base: Base) -> None:
     """Nothing is finished, so there is nothing to answer with; the lane goes on."""
     with Engine(base) as engine:
