@@ -211,9 +211,12 @@ class Completions:
         pending = await loop.run_in_executor(self.waiting, begin)
         pending.timings_s["read"] = read_s
         record = record_of(request.scope)
+        drawn_at: list[float] = []
+        pending.future.add_done_callback(lambda _: drawn_at.append(time.perf_counter()))
         finish = partial(self._finish, ask, pending, record.request_id, started)
         finished = after(pending.future, self.work, finish)
         answer, response = await asyncio.wrap_future(finished)
+        self.road.after_lane.learn(len(answer.candidates), time.perf_counter() - drawn_at[0])
         stages = answer.timings_s
         self.gate.learn(stages["swap"] + stages["sample"] + stages["decode"])
         self.metrics.count_completion(len(answer.candidates), stages)
@@ -255,12 +258,9 @@ class Completions:
         self, ask: Ask, pending: Pending, request_id: str, started: float, sampled: Sampled
     ) -> tuple[Answer, Response]:
         """Rank and encode, in one go: each change of threads costs a part of a millisecond."""
-        began = time.perf_counter()
         answer = self.road.finish(pending, sampled)
         write = self._as_json if ask.as_json else self._as_image
-        response = write(ask, answer, request_id, started)
-        self.road.after_lane.learn(len(answer.candidates), time.perf_counter() - began)
-        return answer, response
+        return answer, write(ask, answer, request_id, started)
 
     def _as_image(self, ask: Ask, answer: Answer, request_id: str, started: float) -> Response:
         """The best candidate, with the evidence in headers."""

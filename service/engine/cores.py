@@ -51,10 +51,31 @@ class Turns:
         self._changing = threading.Lock()
         self._owner: int | None = None
         self._depth = 0
-        self._waiting: deque[tuple[int, threading.Event]] = deque()
+        self._first: deque[tuple[int, threading.Event]] = deque()
+        self._last: deque[tuple[int, threading.Event]] = deque()
 
-    def __enter__(self) -> float:
-        """Seconds that were waited."""
+    @contextmanager
+    def turn(self, *, last: bool = False) -> Iterator[float]:
+        """A turn, for the length of the block.
+
+        Args:
+            last: Let all others go first who wait.
+
+        Yields:
+            Seconds that were waited.
+        """
+        waited_s = self._take(self._last if last else self._first)
+        try:
+            yield waited_s
+        finally:
+            self._hand_on()
+
+    @property
+    def waiting(self) -> int:
+        """Who wait for a turn."""
+        return len(self._first) + len(self._last)
+
+    def _take(self, queue: deque[tuple[int, threading.Event]]) -> float:
         me = threading.get_ident()
         with self._changing:
             if self._owner in (None, me):
@@ -62,22 +83,23 @@ class Turns:
                 self._depth += 1
                 return 0.0
             handed_on = threading.Event()
-            self._waiting.append((me, handed_on))
+            queue.append((me, handed_on))
         began = time.perf_counter()
         handed_on.wait()
         return time.perf_counter() - began
 
-    def __exit__(self, *_: object) -> None:
+    def _hand_on(self) -> None:
         with self._changing:
             self._depth -= 1
             if self._depth:
                 return
-            if not self._waiting:
+            queue = self._first or self._last
+            if not queue:
                 self._owner = None
                 return
             # Handed on, so that nobody overtakes whoever waits.
             self._depth = 1
-            self._owner, handed_on = self._waiting.popleft()
+            self._owner, handed_on = queue.popleft()
             handed_on.set()
 
 

@@ -97,7 +97,7 @@ class Engine:
         On a CPU both would take longer at once than one after the other. Nothing on a GPU.
         """
         on_cpu = self.runner.base.device.type == "cpu"
-        return self._lane.turns if on_cpu else nullcontext(0.0)
+        return self._lane.turns.turn() if on_cpu else nullcontext(0.0)
 
     def close(self, *, drain: bool = True) -> None:
         """Take no more jobs, end those that there are, and stop the lane.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -26,7 +27,9 @@ from service.errors import Cancelled, DeadlineExceeded
 
 logger = logging.getLogger(__name__)
 
-# Samples decoded between two steps, so that a large job's images do not hold up the others.
+# Samples decoded in one call. Between two steps there are as many calls as a step takes time for, at
+# least one: a large job's images do not hold up the others, and jobs that have made their last step
+# are not kept waiting behind ever more steps.
 DECODED_AT_ONCE = 4
 # Running jobs may have so many batches of samples among them; the others wait.
 RUNNING_BATCHES = 4
@@ -104,7 +107,8 @@ class Lane:
         self._calibrate()
         self.ready.set()
         while self._attend():
-            with self.turns as waited_s:
+            # Who rank finish what is begun.
+            with self.turns.turn(last=True) as waited_s:
                 self._waited_s += waited_s
                 moved = self._turn()
             if not moved:
@@ -140,10 +144,8 @@ class Lane:
         if any(task.all_finished for task in self.board.running):
             # Listeners hear of the last step before the answer is there.
             self._catch_up()
-        finished = [task for task in self.board.running if task.all_finished]
-        if finished:
-            self._guard(finished[0], self._decode)
-        return self._step(began) or bool(finished)
+        decoded = self._decode_some()
+        return self._step(began) or decoded
 
     def _begin_jobs(self) -> None:
         """Let waiting jobs run, in their order, as far as samples and adapters have room."""
@@ -227,6 +229,19 @@ class Lane:
             previews = self.runner.decode([sample.history for sample in task.samples])
             task.verdict = self._judges.submit(halving.judge, previews)
             task.verdict.add_done_callback(self.board.notify)
+
+    def _decode_some(self) -> bool:
+        """Decode for about as long as a step takes, the earliest deadline first."""
+        finished = [task for task in self.board.running if task.all_finished]
+        finished.sort(key=lambda task: task.job.deadline or math.inf)
+        decode_s = self.cost.decoding_s(DECODED_AT_ONCE)
+        step_s = self.cost.step_s(self.runner.max_samples, corrected=False) or 0.0
+        calls = max(1, int(step_s / decode_s)) if decode_s > 0 else 1
+        for task in finished:
+            while calls > 0 and task in self.board.running:
+                self._guard(task, self._decode)
+                calls -= 1
+        return bool(finished)
 
     def _decode(self, task: Task) -> None:
         """Decode a few samples of a job, and answer it once all are there."""

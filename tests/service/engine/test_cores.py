@@ -91,18 +91,20 @@ def test_a_crew_shares_a_batch_among_threads_of_one_core() -> None:
 
 
 def test_turns_are_taken_one_at_a_time_in_the_order_of_asking() -> None:
-    """Whoever has one may take it again; the others wait, and are told for how long."""
+    """But whoever lets others go first is last; who has one may take it again, and who waited is
+    told for how long.
+    """
     turns = Turns()
     order: list[str] = []
     waited: list[float] = []
 
     def take(name: str) -> None:
-        with turns as seconds, turns:
+        with turns.turn(last=name == "a") as seconds, turns.turn():
             waited.append(seconds)
             order.append(name)
 
     threads = []
-    with turns as seconds:
+    with turns.turn() as seconds:
         assert seconds == 0
         for name in "abc":
             thread = threading.Thread(target=take, args=name)
@@ -110,17 +112,17 @@ def test_turns_are_taken_one_at_a_time_in_the_order_of_asking() -> None:
             threads.append(thread)
             # Until this one waits, and the next one may.
             until = time.monotonic() + WAIT_S
-            while len(turns._waiting) < len(threads):
+            while turns.waiting < len(threads):
                 assert time.monotonic() < until
-        with turns:
+        with turns.turn():
             pass
         assert order == []
         time.sleep(0.05)
     for thread in threads:
         thread.join(WAIT_S)
-    assert order == ["a", "b", "c"]
+    assert order == ["b", "c", "a"]
     assert min(waited) > 0.04
-    with turns as seconds:
+    with turns.turn() as seconds:
         assert seconds == 0
 
 

@@ -115,6 +115,27 @@ def test_a_deadline_ends_a_job_with_what_is_finished(base: Base) -> None:
     assert (metrics.completed, metrics.partial) == (1, 1)
 
 
+@pytest.mark.parametrize(("decode_s", "at_first"), [(0.01, 4), (10.0, 1)])
+def test_jobs_are_decoded_between_steps_for_as_long_as_a_step_takes(
+    base: Base, decode_s: float, at_first: int
+) -> None:
+    """Four jobs end together: all are answered before the next step of a fifth, or one after it."""
+    seen: list[int] = []
+    with Engine(base) as engine:
+        blocker = Blocker(base)
+        blocker.submit(engine)
+        engine.cost.calibrate([1, 16], lambda size: 1.0, lambda: decode_s)
+        short = [engine.submit(job_for(base, seeds=(k,))) for k in range(4)]
+
+        def on_step(done: int, total: int) -> None:
+            seen.append(sum(future.done() for future in short))
+
+        longer = engine.submit(job_for(base, seeds=(9,), steps=12, on_step=on_step))
+        blocker.release.set()
+        longer.result(WAIT_S)
+    assert next(count for count in seen if count) == at_first
+
+
 def test_a_deadline_leaves_time_to_decode_what_is_finished(base: Base) -> None:
     """And for what comes afterwards: three pairs are finished, and both are expected to take long.
 
