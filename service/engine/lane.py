@@ -27,9 +27,9 @@ from service.errors import Cancelled, DeadlineExceeded
 
 logger = logging.getLogger(__name__)
 
-# Samples decoded in one call. Between two steps there are as many calls as a step takes time for, at
-# least one: a large job's images do not hold up the others, and jobs that have made their last step
-# are not kept waiting behind ever more steps.
+# Samples decoded in one call. Between two steps there are as many calls as a step takes time for,
+# at least one: a large job's images do not hold up the others, and jobs that have made their last
+# step are not kept waiting behind ever more steps.
 DECODED_AT_ONCE = 4
 # Running jobs may have so many batches of samples among them; the others wait.
 RUNNING_BATCHES = 4
