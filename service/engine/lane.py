@@ -10,14 +10,11 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
-import torch
-
 from service.engine.batcher import Batcher
 from service.engine.board import Board, tell_cancelled
-from service.engine.buckets import bucket_sizes
+from service.engine.calibration import calibrate
 from service.engine.cores import Turns, all_cores
 from service.engine.cost import CostModel
-from service.engine.job import Job
 from service.engine.moment import Step
 from service.engine.runner import Runner
 from service.engine.sample import Sample
@@ -104,7 +101,7 @@ class Lane:
 
     def _take_turns(self) -> None:
         self.runner.warm_up(SHARED_RANKS)
-        self._calibrate()
+        calibrate(self.cost, self.runner)
         self.ready.set()
         while self._attend():
             # Who rank finish what is begun.
@@ -370,40 +367,6 @@ class Lane:
             logger.warning("a job failed: %s: %s", type(error).__name__, error)
         self.board.remove(task, "cancelled" if cancelled else "failed")
         task.future.set_exception(error)
-
-    def _calibrate(self) -> None:
-        """Time steps of rising batches on grey, and the decoding of one sample."""
-        base, most = self.runner.base, self.runner.max_samples
-        width = int(base.unet.config.cross_attention_dim)
-        job = Job(
-            digest=None,
-            adapter=None,
-            prompt_embedding=torch.zeros(77, width),
-            target=torch.full((3, base.size_px, base.size_px), 0.5),
-            mask=torch.ones(base.size_px, base.size_px),
-            seeds=tuple(range(most)),
-            steps=2,
-            sampler=base.sampler,
-        )
-        samples = self.runner.begin(job)
-
-        def step_s(size: int) -> float:
-            # The first of two steps warms up.
-            for sample in samples[:size]:
-                sample.index = 0
-            self.runner.step(samples[:size])
-            return self._seconds(lambda: self.runner.step(samples[:size]))
-
-        decode = partial(self.runner.decode, [samples[0].latents])
-        self.cost.calibrate(bucket_sizes(most), step_s, lambda: self._seconds(decode))
-        logger.info("calibrated: %.4g sample-steps/s", self.cost.per_s)
-
-    def _seconds(self, work: Callable[[], object]) -> float:
-        self.runner.synchronize()
-        began = time.perf_counter()
-        work()
-        self.runner.synchronize()
-        return time.perf_counter() - began
 
 
 def _too_late() -> DeadlineExceeded:
