@@ -36,10 +36,12 @@ from realfill.base import Base, load_base
 from realfill.capsule import UNET, read_capsule
 from realfill.interchange import export_capsule
 from realfill.lora_files import DIFFUSERS_WEIGHTS
+from realfill.photographs import to_pixels
 from realfill.rank.matchers import load_matcher
 from realfill.rank.matching import LoFTRMatcher
 from realfill.rank.references import at_working_size
 from registry import Registry
+from service.answer import references_of
 from service.engine import Job
 
 
@@ -80,14 +82,9 @@ class Peer:
     def _scene(self, name: str, data: bytes, folder: Path) -> PeerScene:
         capsule = read_capsule(data, self._base)
         export_capsule(data, folder / name, "diffusers", self._base)
-        photos = [
-            tensor
-            for key, tensor in sorted(capsule.extras.items())
-            if key.startswith("references.")
-        ]
         references = tuple(
-            at_working_size(self._matcher, photo[None].to(self._base.device) / 255)[0]
-            for photo in photos
+            at_working_size(self._matcher, to_pixels(photo)[None].to(self._base.device))[0]
+            for photo in references_of(capsule).values()
         )
         return PeerScene(folder / name, capsule.prompt_embedding, references)
 
