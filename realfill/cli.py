@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
@@ -16,6 +16,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from realfill.config import PRESETS, preset
 from realfill.errors import RealFillError
+
+if TYPE_CHECKING:
+    from realfill.rank import Matcher
 
 ENTRY_POINTS = "realfill.commands"
 console = Console(stderr=True)
@@ -73,7 +76,7 @@ def main() -> None:
 
 @main.command()
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--name", help="Name of the scene; the folder's by default.")
+@click.option("--name", help="Name of the scene. [default: after FOLDER: my-tower]")
 @click.option(
     "--out",
     type=click.Path(dir_okay=False, path_type=Path),
@@ -124,9 +127,10 @@ def train(
     from realfill.adapt.training import training_dtype
     from realfill.base import load_base
     from realfill.capsule import digests
-    from realfill.scene import load_scene
+    from realfill.rank import load_matcher
+    from realfill.scene import check_name, load_scene, name_after
 
-    scene = load_scene(folder, name=name)
+    scene = load_scene(folder, name=check_name(name or name_after(folder)))
     try:
         config = preset(
             preset_name or ("demo" if base == "nano" else "balanced"), **_changes(changes)
@@ -138,41 +142,48 @@ def train(
     if not out.parent.is_dir():
         raise Refusal(f"{out.parent} is no folder: create it, or give another --out.")
     began = time.monotonic()
+    finder = None if matcher is None else load_matcher(matcher)
     model = load_base(base, device=place, dtype=training_dtype(place))
     records = steps_of(model, scene, config, checkpoint=out.with_suffix(".checkpoint"))
-    last = None
     for record in _shown(records, f"Training {scene.name}", config.steps, tensorboard):
-        last = record
-    assert last is not None
-    assert last.capsule is not None
-    capsule = last.capsule if matcher is None else _with_features(last.capsule, matcher)
-    draft = out.with_suffix(".part")
-    draft.write_bytes(capsule)
-    draft.replace(out)
+        if record.capsule is not None:
+            # Within the loop: the checkpoint goes once more is asked for.
+            capsule = _with_features(record.capsule, finder)
+            _write(out, capsule)
     outcome = {
         "capsule": str(out),
+        "scene": scene.name,
         "digest": digests(capsule)[0],
         "bytes": len(capsule),
         "steps": config.steps,
-        "loss": round(last.loss, 5),
+        "loss": round(record.loss, 5),
         "seconds": round(time.monotonic() - began, 1),
     }
     if as_json:
         click.echo(json.dumps(outcome, indent=2))
     else:
         click.echo(
-            f"{out}: {len(capsule) / 1e6:.1f} MB, {config.steps} steps in "
+            f"{out}: scene {scene.name}, {len(capsule) / 1e6:.1f} MB, {config.steps} steps in "
             f"{outcome['seconds']} s. "
             f"Next: realfill registry publish {out}"
         )
 
 
-def _with_features(encoded: bytes, name: str) -> bytes:
+def _with_features(encoded: bytes, matcher: Matcher | None) -> bytes:
     """A capsule with its references' features, so that a service need not look at them again."""
     from realfill.capsule import read_capsule, write_capsule
-    from realfill.rank import load_matcher, with_features
+    from realfill.rank import with_features
 
-    return write_capsule(with_features(read_capsule(encoded, None), load_matcher(name)))
+    if matcher is None:
+        return encoded
+    return write_capsule(with_features(read_capsule(encoded, None), matcher))
+
+
+def _write(out: Path, data: bytes) -> None:
+    """Write a file, entirely or not at all."""
+    draft = out.with_suffix(".part")
+    draft.write_bytes(data)
+    draft.replace(out)
 
 
 @main.command()
@@ -262,13 +273,14 @@ def import_command(
     from realfill.base import PROMPT, load_base
     from realfill.capsule import digests
     from realfill.interchange import import_capsule
+    from realfill.scene import check_name
 
+    if scene is not None:
+        check_name(scene)
     if not out.parent.is_dir():
         raise Refusal(f"{out.parent} is no folder: create it, or give another OUT.")
     data = import_capsule(source, load_base(base), scene=scene, prompt=prompt or PROMPT)
-    draft = out.with_suffix(".part")
-    draft.write_bytes(data)
-    draft.replace(out)
+    _write(out, data)
     outcome = {"capsule": str(out), "digest": digests(data)[0], "bytes": len(data)}
     if as_json:
         click.echo(json.dumps(outcome, indent=2))

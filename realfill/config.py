@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
@@ -91,6 +92,8 @@ class TrainingConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for option in fields(self):
+            _check_kind(option.name, getattr(self, option.name), type(option.default))
         for name in ("steps", "batch", "rank"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         _require(self.rank <= MAX_RANK, "rank", self.rank, f"at most {MAX_RANK}")
@@ -127,6 +130,18 @@ class TrainingConfig:
         """SHA-256 of the configuration's canonical JSON. 64 hex digits."""
         chosen = {k: v for k, v in asdict(self).items() if k not in IMPLIED or v != IMPLIED[k]}
         return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()
+
+
+def _check_kind(name: str, value: object, kind: type) -> None:
+    """A finite number where a number is expected, and so on."""
+    if kind is float:
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        _require(number and math.isfinite(value), name, value, "a finite number")  # type: ignore[arg-type]
+    elif kind is int:
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        _require(whole, name, value, "a whole number")
+    elif kind is bool:
+        _require(isinstance(value, bool), name, value, "true or false")
 
 
 def _require(holds: bool, name: str, value: object, bound: str) -> None:

@@ -7,6 +7,8 @@ of explicit paths. Everything that is read here may come from a stranger.
 from __future__ import annotations
 
 import hashlib
+import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,8 @@ IMAGE_SUFFIXES = frozenset(
     {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".webp", ".tif", ".tiff"}
     | {".gif", ".bmp", ".heic", ".heif", ".avif"}
 )
+# The registry's rule, which knows nothing of this package.
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 
 
 @dataclass(frozen=True)
@@ -118,6 +122,37 @@ def load_mask(
     mask = decode_mask(encoded, name, max_pixels)
     _check_mask(name, mask, size, allow_full=allow_full)
     return mask
+
+
+def check_name(name: str) -> str:
+    """A scene's name, if it can be published under that.
+
+    Raises:
+        InvalidScene: It breaks the registry's rule.
+    """
+    if not _NAME.fullmatch(name):
+        raise InvalidScene(
+            f"The scene name {name[:80]!r} could not be published: use 1 to 63 of a-z, 0-9, dot, "
+            "underscore and hyphen, and begin with a letter or digit."
+        )
+    return name
+
+
+def name_after(folder: Path) -> str:
+    """What to call the scene in a folder: ``My Tower`` is my-tower.
+
+    Raises:
+        InvalidScene: The folder's name has no letter or digit that a scene's name may have.
+    """
+    plain = unicodedata.normalize("NFKD", folder.resolve().name)
+    letters = "".join(c for c in plain.lower() if not unicodedata.combining(c))
+    name = re.sub(r"[^a-z0-9._-]+", "-", letters)[:63].strip("._-")
+    if not name:
+        raise InvalidScene(
+            f"The folder name {folder.resolve().name[:80]!r} gives the scene no name of a-z and "
+            "0-9: give it one with --name."
+        )
+    return name
 
 
 def load_scene(folder: Path, name: str | None = None) -> Scene:

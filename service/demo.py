@@ -8,9 +8,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -33,7 +34,7 @@ from realfill.nano.demo import demo_scenes, write_scene
 from realfill.rank import Matcher, loftr, rank_candidates
 from realfill.scene import Scene, load_image
 from realfill.sheet import Row, contact_sheet
-from registry import Registry, RegistryError
+from registry import Registry, RegistryError, Version
 from service.cli import free_port
 from service.client import Client, image_of
 
@@ -107,10 +108,12 @@ def demo(out: Path, preset_name: str, keep: bool, as_json: bool) -> None:
     for scene in scenes:
         started = time.monotonic()
         checkpoint = out / scene.name / "training.checkpoint"
-        capsule = _trained(model, scene, preset_name, checkpoint, console)
+        publish = partial(registry.publish, scene=scene.name, by="demo")
+        version = _trained(model, scene, preset_name, checkpoint, publish, console)
         train_s[scene.name] = time.monotonic() - started
-        version = registry.publish(capsule, scene=scene.name, by="demo")
-        console.print(f"    {scene.name}: version {version.number}, {len(capsule) / 1e6:.1f} MB")
+        console.print(
+            f"    {scene.name}: version {version.number}, {version.size_bytes / 1e6:.1f} MB"
+        )
     console.print("[bold]2/4[/] Start the service and complete both scenes over HTTP")
     base, matcher = load_base("nano"), loftr("nano")
     with _server(out / "registry", keep=keep) as client:
@@ -139,10 +142,15 @@ def demo(out: Path, preset_name: str, keep: bool, as_json: bool) -> None:
 
 
 def _trained(
-    model: Base, scene: Scene, preset_name: str, checkpoint: Path, console: Console
-) -> bytes:
-    """The scene's capsule; a demo that was interrupted goes on from its checkpoint."""
-    capsule = b""
+    model: Base,
+    scene: Scene,
+    preset_name: str,
+    checkpoint: Path,
+    publish: Callable[[bytes], Version],
+    console: Console,
+) -> Version:
+    """The scene, trained and published; an interrupted demo goes on from its checkpoint."""
+    version = None
     with Progress(
         TextColumn("    {task.description}"),
         BarColumn(),
@@ -155,8 +163,10 @@ def _trained(
         task = progress.add_task(scene.name, total=config.steps, loss="")
         for record in train(model, scene, config, checkpoint=checkpoint):
             progress.update(task, completed=record.step, loss=f"{record.loss:.3f}")
-            capsule = record.capsule or capsule
-    return capsule
+            if record.capsule is not None:
+                version = publish(record.capsule)
+    assert version is not None, "the last record of a training carries the capsule"
+    return version
 
 
 @contextmanager

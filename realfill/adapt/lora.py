@@ -71,10 +71,17 @@ def drop(layers: list[LoraLayer], config: TrainingConfig, generator: torch.Gener
         layer.enable_adapters(bool(kept[index % count]))
 
 
+def drop_elements(layers: list[LoraLayer]) -> None:
+    """Let PEFT drop elements of the branches' inputs, where that is chosen, until ``restore``."""
+    for layer in layers:
+        layer.lora_dropout.train()
+
+
 def restore(layers: list[LoraLayer], config: TrainingConfig, strength: float = 1.0) -> None:
-    """Switch every branch on, at a share of its full strength."""
+    """Switch every branch on, at a share of its full strength, with no element dropped."""
     for layer in layers:
         layer.enable_adapters(True)
+        layer.lora_dropout.eval()
         layer.scaling[NAME] = config.scale * strength
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import math
+import os
 import platform
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -15,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from realfill.adapt.lora import drop, factors_in, parameters_of, read_out, restore
+from realfill.adapt.lora import drop, drop_elements, factors_in, parameters_of, read_out, restore
 from realfill.adapt.loss import noisy, target_of, timesteps_of, weighted_error
 from realfill.adapt.pool import Draws, Views, blank, draw
 from realfill.adapt.probe import new_probe, reading
@@ -25,6 +28,8 @@ from realfill.complete.compositing import crop_mask, window_of
 from realfill.config import TrainingConfig
 from realfill.errors import TrainingDiverged
 from realfill.scene import Scene
+
+logger = logging.getLogger(__name__)
 
 CHECKPOINT_EVERY = 50
 # A capsule that changes nothing would be none.
@@ -68,7 +73,10 @@ def train(
         base: The frozen model; it is left as it was.
         scene: References, target and mask.
         config: Preset or changes to it.
-        checkpoint: File to resume from and to save to every 50 steps; removed at the end.
+        checkpoint: File to resume from and to save to every 50 steps and behind the last; each
+            scene and configuration has its own beside it, so that another run leaves it alone. It
+            is removed once whoever asks goes on behind the last record: until then the capsule may
+            not have been written.
 
     Raises:
         TrainingDiverged: The loss is no longer finite.
@@ -80,11 +88,12 @@ def train(
         torch.manual_seed(config.seed)
         stack.enter_context(attention_for_training(base.unet))
         run = _Run(base, scene, config, stack)
+        checkpoint = checkpoint and run.own(checkpoint)
         begin = run.resume(checkpoint)
         for step in range(begin, config.steps):
             probe = run.read_probe(step)
             run.step(step)
-            if checkpoint and (step + 1) % CHECKPOINT_EVERY == 0:
+            if checkpoint and ((step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == config.steps):
                 run.keep(checkpoint, step + 1)
             if step + 1 < config.steps:
                 yield Record(step + 1, config.steps, run.running, probe)
@@ -93,9 +102,9 @@ def train(
         run.set_strength(strength)
         report = _report(base, config, run.readings) | {"strength": strength}
         capsule = _capsule(base, scene, config, report)
+    yield Record(config.steps, config.steps, run.running, last, write_capsule(capsule))
     if checkpoint:
         checkpoint.unlink(missing_ok=True)
-    yield Record(config.steps, config.steps, run.running, last, write_capsule(capsule))
 
 
 class _Run:
@@ -146,6 +155,7 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * _decay(step, config)
         drop(self.layers, config, generator)
+        drop_elements([*self.layers, *self.text_layers])
         loss = _loss(self.base, self.source.next(generator), config, generator)
         if not torch.isfinite(loss):
             raise TrainingDiverged(
@@ -170,7 +180,7 @@ class _Run:
         )
         if self.probe is None or not due:
             return None
-        restore(self.layers, self.config)
+        self.set_strength(1.0)
         quick = self.base.dtype == torch.bfloat16
         with torch.autocast(self.base.device.type, torch.bfloat16, enabled=quick):
             loss = reading(self.base, self.probe, self.base.embed(PROMPT).detach())
@@ -181,6 +191,11 @@ class _Run:
         """Switch every branch on, at a share of its full strength."""
         restore(self.layers, self.config, strength)
         restore(self.text_layers, self.config, strength)
+
+    def own(self, checkpoint: Path) -> Path:
+        """The checkpoint of this scene and configuration: beside the given one, by its name."""
+        mark = hashlib.sha256(self._identity().encode()).hexdigest()[:8]
+        return checkpoint.with_name(f"{checkpoint.stem}-{mark}{checkpoint.suffix}")
 
     def keep(self, checkpoint: Path, step: int) -> None:
         """Save where the run stands, entirely or not at all."""
@@ -194,14 +209,23 @@ class _Run:
             "factors": [parameter.detach() for parameter in self.parameters],
             "optimizer": self.optimizer.state_dict(),
         }
-        torch.save(state, draft)
+        with draft.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
         draft.replace(checkpoint)
 
     def resume(self, checkpoint: Path | None) -> int:
         """Steps already done by an interrupted run of the same scene and configuration."""
         if checkpoint is None or not checkpoint.exists():
             return 0
-        kept = torch.load(checkpoint, weights_only=True)
+        try:
+            kept = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        except Exception as error:  # noqa: BLE001  # half a file can be anything to the unpickler
+            logger.warning(
+                "The checkpoint %s cannot be read, so training begins anew: %s", checkpoint, error
+            )
+            return 0
         if kept["identity"] != self._identity():
             return 0
         for parameter, value in zip(self.parameters, kept["factors"], strict=True):

@@ -13,6 +13,11 @@ from PIL import Image
 from realfill.base import load_base
 from realfill.capsule import read_capsule
 from realfill.cli import main
+from realfill.errors import InvalidScene
+from realfill.scene import check_name
+from registry import Registry
+from registry.errors import InvalidReference
+from registry.records import check_scene
 from tests.tiny import save_tiny_base, tiny_base, tiny_capsule
 
 
@@ -93,6 +98,58 @@ def test_train_writes_a_capsule(folder: Path, tmp_path: Path) -> None:
     assert not list(folder.glob("*.checkpoint"))
 
 
+@pytest.mark.parametrize(
+    ("folder_name", "words", "scene"),
+    [("My Tower", (), "my-tower"), ("Château d'If", (), "chateau-d-if"), ("x", ("tor",), "tor")],
+)
+def test_trained_scene_can_be_published(
+    folder: Path, tmp_path: Path, folder_name: str, words: tuple[str, ...], scene: str
+) -> None:
+    """It is called after its folder, by a name that the registry takes, or as it was told."""
+    base, place = save_tiny_base(tmp_path / "base"), folder.rename(tmp_path / folder_name)
+    options = [word for name in words for word in ("--name", name)]
+    small = ["--set", "steps=1", "--set", "pool=2", "--set", "batch=1"]
+    status, text = run("train", place, "--base", base, *small, *options)
+    assert (status, f"scene {scene}," in text.replace("\n", " ")) == (0, True)
+    registry = Registry.open(tmp_path / "registry")
+    assert registry.publish((place / "capsule.safetensors").read_bytes()).scene == scene
+
+
+@pytest.mark.parametrize(
+    "name", ["tower", "a", "0.x_y-z", "Tower", "", "-a", "塔", "a b", "a" * 64]
+)
+def test_scene_names_are_the_registrys(name: str) -> None:
+    """One rule, kept by two packages that do not know each other."""
+    allowed = []
+    for check, refusal in ((check_name, InvalidScene), (check_scene, InvalidReference)):
+        try:
+            allowed.append(check(name) == name)
+        except refusal:
+            allowed.append(False)
+    assert allowed[0] == allowed[1]
+
+
+def test_capsule_that_could_not_be_written_costs_no_training(folder: Path, tmp_path: Path) -> None:
+    """The next call writes it; a matcher that is not there is named before the first step."""
+    base = save_tiny_base(tmp_path / "base")
+    out = tmp_path / "out" / "tower.safetensors"
+    out.parent.mkdir()
+    # In the place of the draft, so that nothing can be written.
+    out.with_suffix(".part").mkdir()
+    words = ["--base", base, "--out", out, "--set", "steps=2", "--set", "pool=2"]
+    status, _ = run("train", folder, *words)
+    assert status != 0
+    assert len(list(out.parent.glob("*.checkpoint"))) == 1
+    out.with_suffix(".part").rmdir()
+    status, text = run("train", folder, *words, "--matcher", "absent.safetensors")
+    assert (status, "absent.safetensors do not exist" in text) == (2, True)
+    assert len(list(out.parent.glob("*.checkpoint"))) == 1
+    status, _ = run("train", folder, *words)
+    assert status == 0
+    assert out.is_file()
+    assert not list(out.parent.glob("*.checkpoint"))
+
+
 def test_export_and_import_give_the_capsule_back(tmp_path: Path) -> None:
     """To a PEFT folder and back, the same bytes; a wrong OUT is refused in one sentence."""
     base = save_tiny_base(tmp_path / "base")
@@ -113,6 +170,8 @@ def test_export_and_import_give_the_capsule_back(tmp_path: Path) -> None:
     [
         (("--set", "colour=1"), "Unknown training option"),
         (("--set", "steps"), "has no value"),
+        (("--set", "steps=many"), "must be a whole number"),
+        (("--name", "My Tower"), "could not be published"),
         (("--base", "./nowhere"), "No base"),
         (("--device", "cuda:7"), "sees no GPU"),
         (("--out", "/nowhere/at/all.safetensors"), "is no folder"),

@@ -53,6 +53,11 @@ def test_preset_takes_changes() -> None:
         ({"rate_unet": 0.0}, "rate_unet is 0.0"),
         ({"lora_drop_mode": "some"}, "lora_drop_mode is 'some'"),
         ({"mask_reduction": "mean"}, "mask_reduction is 'mean'"),
+        ({"steps": "many"}, "steps is 'many': it must be a whole number"),
+        ({"batch": 2.5}, "batch is 2.5: it must be a whole number"),
+        ({"clip_norm": float("inf")}, "clip_norm is inf: it must be a finite number"),
+        ({"alpha": "16"}, "alpha is '16': it must be a finite number"),
+        ({"decay_rate": 1}, "decay_rate is 1: it must be true or false"),
         ({"colour": 1}, "Unknown training option 'colour'"),
     ],
 )

@@ -94,43 +94,97 @@ def test_another_seed_gives_another_capsule(base: Base, scene: Scene) -> None:
     assert last_of(base, scene, small()).capsule != last_of(base, scene, small(seed=1)).capsule
 
 
+def checkpoints(folder: Path) -> list[Path]:
+    """Those that runs have left."""
+    return sorted(folder.glob("*.checkpoint"))
+
+
+def interrupted(
+    base: Base, scene: Scene, config: TrainingConfig, checkpoint: Path, step: int
+) -> None:
+    """A run that is stopped once a step's record is there."""
+    run = train(base, scene, config, checkpoint=checkpoint)
+    while next(run).step < step:
+        pass
+    run.close()
+
+
+@pytest.mark.parametrize("mode", ["layer", "element"])
 def test_interrupted_run_resumes_to_the_same_bytes(
-    base: Base, scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: Base,
+    scene: Scene,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    mode: LoraDropout,
 ) -> None:
     """A run that was stopped after its checkpoint ends as if it had not been."""
     monkeypatch.setattr("realfill.adapt.training.CHECKPOINT_EVERY", 2)
-    whole = last_of(base, scene, small()).capsule
+    config = small(lora_drop_mode=mode, lora_dropout=0.3, rate_text=1e-3)
+    whole = last_of(base, scene, config).capsule
     checkpoint = tmp_path / "run.checkpoint"
-    run = train(base, scene, small(), checkpoint=checkpoint)
-    for record in run:
-        if record.step == 5:
-            break
-    run.close()
-    assert checkpoint.exists()
-    steps = [r.step for r in train(base, scene, small(), checkpoint=checkpoint)]
-    assert steps[0] == 5
-    # Once more, for the bytes.
-    run = train(base, scene, small(), checkpoint=checkpoint)
-    for record in run:
-        if record.step == 5:
-            break
-    run.close()
-    assert last_of(base, scene, small(), checkpoint).capsule == whole
-    assert not checkpoint.exists()
+    interrupted(base, scene, config, checkpoint, 5)
+    assert len(checkpoints(tmp_path)) == 1
+    resumed = list(train(base, scene, config, checkpoint=checkpoint))
+    assert [record.step for record in resumed] == [5, 6]
+    assert resumed[-1].capsule == whole
+    assert not checkpoints(tmp_path)
 
 
-def test_checkpoint_of_another_configuration_is_not_resumed(
+def test_finished_run_keeps_its_checkpoint_until_more_is_asked_for(
+    base: Base, scene: Scene, tmp_path: Path
+) -> None:
+    """Where its capsule could not be written it is made again without a step."""
+    checkpoint = tmp_path / "run.checkpoint"
+    whole = last_of(base, scene, small()).capsule
+    interrupted(base, scene, small(), checkpoint, 6)
+    assert len(checkpoints(tmp_path)) == 1
+    (again,) = train(base, scene, small(), checkpoint=checkpoint)
+    assert again.capsule == whole
+    assert not checkpoints(tmp_path)
+
+
+def test_checkpoint_of_another_configuration_is_left_alone(
     base: Base, scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Other settings start from the first step."""
+    """Other settings start from the first step, and the first run can still go on."""
     monkeypatch.setattr("realfill.adapt.training.CHECKPOINT_EVERY", 2)
     checkpoint = tmp_path / "run.checkpoint"
-    run = train(base, scene, small(), checkpoint=checkpoint)
-    for record in run:
-        if record.step == 3:
-            break
-    run.close()
-    assert next(iter(train(base, scene, small(rank=2, alpha=4.0), checkpoint=checkpoint))).step == 1
+    interrupted(base, scene, small(), checkpoint, 3)
+    other = list(train(base, scene, small(rank=2, alpha=4.0), checkpoint=checkpoint))
+    assert other[0].step == 1
+    assert next(iter(train(base, scene, small(), checkpoint=checkpoint))).step == 3
+
+
+@pytest.mark.parametrize("content", [b"", b"half a check"])
+def test_torn_checkpoint_does_not_stop_training(
+    base: Base,
+    scene: Scene,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    content: bytes,
+) -> None:
+    """It is named, and the run begins anew."""
+    checkpoint = tmp_path / "run.checkpoint"
+    interrupted(base, scene, small(), checkpoint, 6)
+    (kept,) = checkpoints(tmp_path)
+    kept.write_bytes(content)
+    assert next(iter(train(base, scene, small(), checkpoint=checkpoint))).step == 1
+    assert f"{kept} cannot be read" in caplog.text
+
+
+def test_nothing_is_dropped_from_what_is_read_out(base: Base, scene: Scene) -> None:
+    """The capsule's prompt is embedded by the whole text adapter, whatever is dropped in steps."""
+    config = small(lora_drop_mode="element", lora_dropout=0.5, rate_text=1e-2, full_from=0.0)
+    record = last_of(base, scene, config)
+    assert record.capsule is not None
+    capsule = read_capsule(record.capsule, base)
+    plain = base.embed(capsule.header.prompt)
+    for path, (a, b) in capsule.text_adapter.factors.items():
+        weight = base.text_encoder.get_submodule(path).get_parameter("weight")
+        weight.data += capsule.text_adapter.scale * b.float() @ a.float()
+    whole = base.embed(capsule.header.prompt)
+    moved = float((whole - plain).abs().max())
+    assert float((whole - capsule.prompt_embedding.float()).abs().max()) < 0.02 * moved
 
 
 def test_training_lowers_the_probe(base: Base, scene: Scene) -> None:
