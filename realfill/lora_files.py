@@ -55,6 +55,11 @@ _OLD_NAMES = (
 _PLAIN_OPTIONS: dict[str, tuple[Any, ...]] = {
     "use_dora": (False,),
     "use_rslora": (False,),
+    "use_qalora": (False, None),
+    "use_bdlora": (None,),
+    "peft_type": ("LORA",),
+    # Others move the base's own weights, so that the factors mean something else beside it.
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
     "lora_bias": (False,),
     "fan_in_fan_out": (False,),
     "bias": ("none",),

@@ -205,8 +205,11 @@ def test_changed_factors_do_not_pass_for_the_old_capsule(
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("use_dora", True), ("use_rslora", True), ("alpha_pattern", {"to_q": 2}), ("bias", "all")],
-)
+    [
+        ("use_dora", True), ("use_rslora", True), ("alpha_pattern", {"to_q": 2}), ("bias", "all"),
+        ("use_qalora", True), ("peft_type", "ADALORA"), ("init_lora_weights", "pissa_niter_4"),
+    ],
+)  # fmt: skip
 def test_what_a_capsule_cannot_say_is_refused(
     base: Base, capsule: bytes, tmp_path: Path, option: str, value: object
 ) -> None:
