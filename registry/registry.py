@@ -27,7 +27,7 @@ from registry.address import (
     locate_cache,
 )
 from registry.aliases import Step, expected_number, step_back
-from registry.errors import CorruptObject, InvalidReference
+from registry.errors import CorruptObject, InvalidReference, InvalidUpload
 from registry.keeper import Keeper, person
 from registry.records import (
     LIVE,
@@ -40,7 +40,7 @@ from registry.records import (
     check_tags,
 )
 from registry.schema import REVISION
-from registry.upload import inspect
+from registry.upload import Upload, inspect
 
 __all__ = [
     "CACHE_BYTES_VARIABLE",
@@ -137,7 +137,7 @@ class Registry(Keeper):
             StorageUnavailable: The store or the database failed; nothing is visible.
         """
         upload = inspect(data)
-        scene = check_scene(scene or upload.scene)
+        scene = _own_scene(upload) if scene is None else check_scene(scene)
         if alias is not None:
             check_alias(alias)
         labels = check_tags(tags or {}), check_metrics(metrics or {})
@@ -260,3 +260,14 @@ class Registry(Keeper):
             step = Step(scene_id, scene, alias, number, "rollback", by, at, undoes, override)
             ledger.move(connection, step)
             return catalog.find_any_version(connection, scene, number)
+
+
+def _own_scene(upload: Upload) -> str:
+    """What a capsule calls its scene, if that can be a name here."""
+    try:
+        return check_scene(upload.scene)
+    except InvalidReference as error:
+        raise InvalidUpload(
+            f"The capsule's realfill.scene is wrong. {error} Or publish it under another name, "
+            "with --scene."
+        ) from error

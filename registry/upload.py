@@ -17,8 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from registry.errors import InvalidReference, InvalidUpload
-from registry.records import check_scene
+from registry.errors import InvalidUpload
 
 FORMAT = "1"
 MAX_HEADER_BYTES = 4 * 1024 * 1024
@@ -66,7 +65,10 @@ class TensorEntry:
 
 @dataclass(frozen=True, slots=True)
 class Upload:
-    """What the registry keeps of a sound capsule; the fields are those of `Version`."""
+    """What the registry keeps of a sound capsule; the fields are those of `Version`.
+
+    The scene is what the capsule calls itself, which may be no name that the registry takes.
+    """
 
     scene: str
     digest: str
@@ -212,10 +214,6 @@ def _read_metadata(raw: Any) -> dict[str, Any]:
     for key in (*REQUIRED_TEXT, "realfill.licence"):
         if not raw.get(key, "").strip():
             raise _bad_key(key, raw.get(key), "a text")
-    try:
-        check_scene(raw["realfill.scene"])
-    except InvalidReference as error:
-        raise InvalidUpload(f"The capsule's realfill.scene is wrong. {error}") from error
     if not _FINGERPRINT.fullmatch(raw.get("realfill.base_fingerprint", "")):
         value = raw.get("realfill.base_fingerprint")
         raise _bad_key("realfill.base_fingerprint", value, "64 lower-case hex digits")

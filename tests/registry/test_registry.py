@@ -103,6 +103,16 @@ def test_invalid_capsule_stores_nothing(registry: Registry, tmp_path: Path) -> N
     assert not (tmp_path / "registry" / "blobs").exists()
 
 
+def test_capsule_with_an_impossible_name_is_published_under_another(registry: Registry) -> None:
+    """It is refused under its own, with the remedy, and verified and sent on under the other."""
+    data = capsule(scene="Old Tower")
+    with pytest.raises(InvalidUpload, match=r"'Old Tower' is not allowed.*--scene"):
+        registry.publish(data)
+    assert registry.publish(data, scene="old-tower").metadata["realfill.scene"] == "Old Tower"
+    assert registry.fetch("old-tower@live") == data
+    assert list(registry.verify()) == []
+
+
 @pytest.mark.parametrize(("scene", "alias"), [("Old Tower", "live"), ("tower", "3"), ("a/b", "x")])
 def test_bad_names_store_nothing(
     registry: Registry, tmp_path: Path, scene: str, alias: str

@@ -60,7 +60,7 @@ def test_tensor_digest_survives_an_edit_of_the_header() -> None:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("format", None), ("format", "2"), ("scene", None), ("scene", "Old Tower"),
+        ("format", None), ("format", "2"), ("scene", None), ("scene", " "),
         ("base", " "), ("base", "b" * 201), ("base_fingerprint", "5C" * 32),
         ("base_fingerprint", None), ("rank", "0"), ("rank", "129"), ("rank", "2.0"),
         ("rank", None), ("alpha", "nan"), ("scale", "-1"), ("scale", "many"), ("size_px", None),
