@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,20 +12,35 @@ import numpy as np
 NEWEST = 0.2
 # Mean deviations above the mean that are allowed for.
 DEVIATIONS = 2.0
+# One completion counts as so many times what was expected at most: a stall is no trend.
+MOST_GROWTH = 4.0
+LEAST_S = 0.001
+# What was learned so long before the newest is forgotten, and nobody is refused by what is so old:
+# otherwise completions that nobody lets in any more would be expected to stay slow for ever.
+FRESH_S = 30.0
 
 
 @dataclass
 class Seen:
-    """Moving mean of some seconds, and of how far they lie from it."""
+    """Moving mean of some seconds, how far they lie from it, and the fewest.
+
+    Attributes:
+        at: When it was learned last, on ``time.monotonic``'s clock.
+    """
 
     mean_s: float
+    at: float
     deviation_s: float = 0.0
+    fewest_s: float = np.inf
 
-    def learn(self, seconds: float) -> None:
+    def learn(self, seconds: float, at: float) -> None:
         """Take in one more."""
-        off = seconds - self.mean_s
+        self.fewest_s = min(self.fewest_s, seconds)
+        most_s = MOST_GROWTH * max(self.expected_s, LEAST_S)
+        off = min(seconds, most_s) - self.mean_s
         self.mean_s += NEWEST * off
         self.deviation_s += NEWEST * (abs(off) - self.deviation_s)
+        self.at = at
 
     @property
     def expected_s(self) -> float:
@@ -44,14 +60,26 @@ class AfterLane:
 
     def learn(self, candidates: int, seconds: float) -> None:
         """Take in what one completion took, from the lane's answer on."""
+        now = time.monotonic()
         with self._lock:
-            self._seen.setdefault(candidates, Seen(seconds)).learn(seconds)
+            self._seen.setdefault(candidates, Seen(seconds, now)).learn(seconds, now)
+            self._seen = {n: seen for n, seen in self._seen.items() if now - seen.at <= FRESH_S}
 
     def expected_s(self, candidates: int) -> float:
-        """Of a completion of so many candidates; 0 before there was any."""
+        """What a completion of so many candidates may well take; 0 before there was any."""
         with self._lock:
-            if not self._seen:
-                return 0.0
-            counts = sorted(self._seen)
-            expected = [self._seen[count].expected_s for count in counts]
-        return float(np.interp(candidates, counts, expected))
+            return self._between(candidates, {n: s.expected_s for n, s in self._seen.items()})
+
+    def least_s(self, candidates: int) -> float:
+        """The fewest seconds that one took; 0 where none was seen of late."""
+        since = time.monotonic() - FRESH_S
+        with self._lock:
+            fresh = {n: seen.fewest_s for n, seen in self._seen.items() if seen.at >= since}
+            return self._between(candidates, fresh)
+
+    @staticmethod
+    def _between(candidates: int, known: dict[int, float]) -> float:
+        counts = sorted(known)
+        if not counts:
+            return 0.0
+        return float(np.interp(candidates, counts, [known[count] for count in counts]))

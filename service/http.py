@@ -128,7 +128,7 @@ def create_app(road: Road, settings: Settings) -> FastAPI:
     work = ThreadPoolExecutor(WORKERS, thread_name_prefix="realfill-work")
     waiting = ThreadPoolExecutor(most_in_flight(settings), thread_name_prefix="realfill-wait")
     metrics.watch("realfill_lane_jobs", "Jobs that wait or run.", lambda: road.engine.pending)
-    metrics.watch(
+    metrics.watch_total(
         "realfill_registry_stale", "Requests served while it was away.", lambda: road.resolver.stale
     )
     metrics.watch_engine(road.engine.metrics, road.capsules.metrics)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
@@ -57,6 +58,10 @@ class Metrics:
         """Expose a gauge whose value is read at each scrape."""
         Gauge(name, documentation, registry=self._registry).set_function(read)
 
+    def watch_total(self, name: str, documentation: str, read: Callable[[], float]) -> None:
+        """Expose a counter whose value is read at each scrape, as ``<name>_total``."""
+        self._registry.register(_Total(name, documentation, read))
+
     def watch_engine(
         self, read: Callable[[], EngineMetrics | None], host: Callable[[], TierMetrics]
     ) -> None:
@@ -78,6 +83,23 @@ class Metrics:
     def exposition(self) -> bytes:
         """Everything, as a scraper reads it."""
         return generate_latest(self._registry)
+
+
+@dataclass(frozen=True)
+class _Total(Collector):
+    """A number that only grows, and is counted elsewhere."""
+
+    name: str
+    documentation: str
+    read: Callable[[], float]
+
+    def describe(self) -> list[Metric]:
+        """Nothing beforehand, so that nothing is read before the first scrape."""
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        """Read it once."""
+        yield CounterMetricFamily(self.name, self.documentation, self.read())
 
 
 _JOBS = ("completed", "partial", "cancelled", "failed", "refused")

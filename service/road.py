@@ -225,8 +225,6 @@ class Road:
         self, found: Found, image: Tensor, hole: Hole, plan: Plan, cancel: threading.Event
     ) -> Pending:
         """Hand the job to the lane; arguments and errors as for ``complete``."""
-        if cancel.is_set():
-            raise Cancelled("Nobody waits for this completion any more.")
         capsule = found.loaded.capsule
         job = Job(
             digest=found.version.digest,
@@ -238,9 +236,10 @@ class Road:
             steps=plan.steps,
             sampler=plan.sampler,
             deadline=plan.deadline,
-            after_s=self.after_lane.expected_s,
+            after=self.after_lane,
             cancel=cancel,
         )
+        _still_wanted(job)
         references = found.loaded.references
         if plan.halving and references is not None and self.matcher is not None:
             judge = partial(self._judge, references, job)
@@ -250,6 +249,7 @@ class Road:
 
     def finish(self, pending: Pending, sampled: Sampled) -> Answer:
         """Everything after the lane: rank the samples on the window the model saw."""
+        _still_wanted(pending.job)
         timings = pending.timings_s
         timings["queue"] = sampled.queued_s
         timings["swap"] = sampled.swap_s
@@ -280,6 +280,7 @@ class Road:
             return None
         candidates = composited(pending, samples)
         with self._cores(), self._rank_lock:
+            _still_wanted(pending.job)
             return rank_candidates(self.matcher, candidates, pending.job.mask, references).to("cpu")
 
     def _judge(self, references: ReferenceFeatures, job: Job, previews: Tensor) -> Tensor:
@@ -289,6 +290,7 @@ class Road:
         target, mask = job.target.to(previews), job.mask.to(previews)
         previews = composite(previews, target, mask, feather_px=0)
         with self._cores(), self._rank_lock:
+            _still_wanted(job)
             return rank_candidates(self.matcher, previews, job.mask, references).ordered_by.cpu()
 
     def _cores(self) -> AbstractContextManager[float]:
@@ -333,6 +335,12 @@ class Road:
             return kept
         with self._cores():
             return prepare_references(self.matcher, photos)
+
+
+def _still_wanted(job: Job) -> None:
+    """Asked again after every wait: work for nobody keeps others waiting."""
+    if job.cancel.is_set():
+        raise Cancelled("Nobody waits for this completion any more.")
 
 
 def _seamless(pending: Pending, samples: Tensor) -> Tensor:

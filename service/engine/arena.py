@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
-from collections.abc import Callable
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -56,6 +56,8 @@ class Tier(Generic[V]):
         self._on_evict = on_evict
         self._entries: OrderedDict[str, _Entry[V]] = OrderedDict()
         self._making: dict[str, threading.Event] = {}
+        # Pins of what was expelled: whoever has them still gives them back.
+        self._orphaned: Counter[str] = Counter()
         self._lock = threading.RLock()
         self._held_bytes = 0
         self._hits = self._misses = self._evictions = 0
@@ -68,6 +70,15 @@ class Tier(Generic[V]):
         """What lies there; KeyError where nothing does. Counts as no use."""
         with self._lock:
             return self._entries[digest].value
+
+    def find(self, digest: str) -> V | None:
+        """What lies there, which becomes the most recently used; None where nothing does."""
+        with self._lock:
+            entry = self._entries.get(digest)
+            if entry is None:
+                return None
+            self._hits += 1
+            return self._use(digest, entry, pin=False)
 
     def digests(self) -> list[str]:
         """What is there, the least recently used first."""
@@ -82,6 +93,7 @@ class Tier(Generic[V]):
         *,
         pin: bool = True,
         wait: bool = True,
+        spare: Collection[str] = (),
     ) -> V | None:
         """Find a value or make it, and keep it there until it is given back.
 
@@ -93,10 +105,11 @@ class Tier(Generic[V]):
             make: Makes it, once there is room for it.
             pin: Whether it must stay until ``give_back``; otherwise it is brought for later.
             wait: Whether to wait for a value that another thread is making.
+            spare: What must not leave to make room for it, besides what is pinned.
 
         Returns:
-            The value; None where everything that could make room is pinned, or where it is being
-            made and nobody wants to wait.
+            The value; None where everything that could make room is pinned or spared, or where it
+            is being made and nobody wants to wait.
         """
         while True:
             with self._lock:
@@ -105,7 +118,7 @@ class Tier(Generic[V]):
                     return self._use(digest, entry, pin=pin)
                 made = self._making.get(digest)
                 if made is None:
-                    if not self._make_room(size_bytes):
+                    if not self._make_room(size_bytes, spare):
                         return None
                     self._making[digest] = threading.Event()
                     self._held_bytes += size_bytes
@@ -140,9 +153,12 @@ class Tier(Generic[V]):
     def give_back(self, digest: str) -> None:
         """Undo one pin."""
         with self._lock:
+            if self._orphaned[digest]:
+                # It was expelled meanwhile, and may have come back for others.
+                self._orphaned -= Counter([digest])
+                return
             entry = self._entries.get(digest)
             if entry is None:
-                # It was expelled meanwhile.
                 return
             if entry.pins < 1:
                 raise ValueError(f"{digest} is not pinned; give back only what was taken")
@@ -150,11 +166,11 @@ class Tier(Generic[V]):
             self._make_room(0)
 
     def drop(self, digest: str) -> bool:
-        """Take a value out unless a job needs it; whether it is gone."""
+        """Take a value out unless a job needs it or it is being made; whether it is gone."""
         with self._lock:
             entry = self._entries.get(digest)
             if entry is None:
-                return True
+                return digest not in self._making
             if entry.pins:
                 return False
             self._remove(digest)
@@ -164,6 +180,7 @@ class Tier(Generic[V]):
         """Take a value out even if jobs need it: it must not be used again."""
         with self._lock:
             if digest in self._entries:
+                self._orphaned[digest] += self._entries[digest].pins
                 self._remove(digest)
 
     def clear(self) -> None:
@@ -185,12 +202,12 @@ class Tier(Generic[V]):
                 evictions=self._evictions,
             )
 
-    def _make_room(self, size_bytes: int) -> bool:
-        """Evict until so many bytes fit; False where what is pinned leaves no room."""
+    def _make_room(self, size_bytes: int, spare: Collection[str] = ()) -> bool:
+        """Evict until so many bytes fit; False where what must stay leaves no room."""
         for digest in list(self._entries):
             if self._fits(size_bytes):
                 break
-            if not self._entries[digest].pins:
+            if not self._entries[digest].pins and digest not in spare:
                 self._remove(digest)
                 self._evictions += 1
         return self._fits(size_bytes) or not (self._entries or self._making)

@@ -31,17 +31,27 @@ class Ready:
 
     @property
     def urgent(self) -> bool:
-        """Whether its deadline is missed unless it is in nearly every batch from now on."""
+        """Whether its deadline is missed unless it is in more than every second batch from now."""
         return self.slack_s is not None and self.slack_s < self.needs_s
+
+    @property
+    def hopeless(self) -> bool:
+        """Whether its deadline is missed even if it is in every batch."""
+        return self.slack_s is not None and self.slack_s < 0
 
 
 class Batcher:
     """Deficit round robin over the places of each batch.
 
+    Urgent jobs go first, those with the least time to spare before the others; who is late whatever
+    is done comes behind those that can still be in time.
+
     Every batch, each tenant with ready samples earns the same share of the places, divided evenly
     among its scenes. A flow (a tenant's scene) spends what it has earned in whole places and keeps
-    the rest for later batches; places that nobody has earned go to whoever has earned most. A flow
-    that was not there begins with one place, so that it is in the very next batch.
+    the rest for later batches; places that nobody has earned go to whoever has earned most. Who got
+    all that it had use for keeps no more than a place: what it leaves pays for those who took it,
+    since nobody else wanted it. A flow that was not there begins with one place, so that it is in
+    the very next batch.
 
     Within a flow the jobs that came first go first: they end sooner than if all were advanced
     evenly, and nobody ends later.
@@ -65,7 +75,7 @@ class Batcher:
         chosen: dict[Hashable, int] = {}
         left = self.places
         urgent = [job for job in ready if job.urgent]
-        for job in sorted(urgent, key=lambda job: job.slack_s or 0.0):
+        for job in sorted(urgent, key=lambda job: (job.hopeless, job.slack_s or 0.0)):
             taken = min(job.count, left)
             if taken:
                 chosen[job.key] = taken
@@ -113,7 +123,21 @@ class Batcher:
                 break
             flow = max(wanting, key=lambda flow: self._earned[flow])
             places -= self._spend(flow, 1, shares, open_)
+        self._hand_on([flow for flow in flows if not open_[flow]])
         return shares
+
+    def _hand_on(self, served: list[Flow]) -> None:
+        """Let what the wholly served have no use for pay the debts of others."""
+        spare = 0.0
+        for flow in served:
+            kept = min(self._earned[flow], 1.0)
+            spare += self._earned[flow] - kept
+            self._earned[flow] = kept
+        owed = -sum(earned for earned in self._earned.values() if earned < 0)
+        paid = min(1.0, spare / owed) if owed else 0.0
+        for flow, earned in self._earned.items():
+            if earned < 0:
+                self._earned[flow] = earned * (1 - paid)
 
     def _spend(
         self, flow: Flow, count: int, shares: dict[Flow, int], open_: dict[Flow, int]

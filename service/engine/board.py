@@ -6,6 +6,7 @@ import threading
 from collections.abc import Sequence
 
 from service.engine.task import Task
+from service.engine.weights import Weights
 from service.errors import Cancelled, EngineClosed
 
 OUTCOMES = ("completed", "partial", "cancelled", "failed", "refused", "sample_steps", "steps")
@@ -18,6 +19,7 @@ class Board:
         waiting, running: In the order in which they came. Only the lane changes ``running``.
         open: Whether jobs are taken.
         failure: What ended the lane, where that was not its owner.
+        to_forget: Adapters of which nothing is to be left once no job names them.
     """
 
     def __init__(self) -> None:
@@ -26,6 +28,7 @@ class Board:
         self.running: list[Task] = []
         self.open = False
         self.failure: BaseException | None = None
+        self.to_forget: set[str] = set()
         self.counts = dict.fromkeys(OUTCOMES, 0)
 
     def __len__(self) -> int:
@@ -47,6 +50,12 @@ class Board:
         """Of all jobs."""
         with self.changed:
             return sum(task.sample_steps_left for task in [*self.waiting, *self.running])
+
+    def digests(self) -> set[str]:
+        """Of the adapters that jobs wait for or run with."""
+        with self.changed:
+            tasks = [*self.waiting, *self.running]
+            return {task.job.digest for task in tasks if task.job.digest is not None}
 
     def samples(self) -> int:
         """Of all jobs, decoded or not."""
@@ -110,6 +119,13 @@ def ended_by(failure: BaseException) -> EngineClosed:
         f"The lane ended ({type(failure).__name__}: {failure}): restart the service, or ask "
         "another replica."
     )
+
+
+def forget_unnamed(board: Board, weights: Weights) -> None:
+    """Drop what is to be forgotten and no job names any more; the board's lock is held."""
+    named = board.digests()
+    gone = {digest for digest in board.to_forget - named if weights.forget(digest)}
+    board.to_forget -= gone
 
 
 def tell_cancelled(tasks: Sequence[Task]) -> None:

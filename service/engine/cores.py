@@ -25,6 +25,8 @@ Outcome = TypeVar("Outcome")
 
 # Members of a crew at most. Two were measured; more hold more samples' intermediates in one cache.
 MOST_MEMBERS = 4
+# Turns of others before whoever lets them go first.
+MOST_LET_BY = 4
 
 
 @contextmanager
@@ -41,7 +43,9 @@ def all_cores(count: int) -> Iterator[None]:
 
 
 class Turns:
-    """One thread at a time computes with all cores, whoever came first.
+    """One thread at a time computes with all cores, in the order in which they came.
+
+    Who lets others go first waits for a few of them and no longer.
 
     Two that do so at once wait actively for their own teams on each other's cores, and take longer
     than one after the other. Whoever has the turn may take it again.
@@ -53,13 +57,14 @@ class Turns:
         self._depth = 0
         self._first: deque[tuple[int, threading.Event]] = deque()
         self._last: deque[tuple[int, threading.Event]] = deque()
+        self._let_by = 0
 
     @contextmanager
     def turn(self, *, last: bool = False) -> Iterator[float]:
         """A turn, for the length of the block.
 
         Args:
-            last: Let all others go first who wait.
+            last: Let others go first who wait, a few of them.
 
         Yields:
             Seconds that were waited.
@@ -93,10 +98,12 @@ class Turns:
             self._depth -= 1
             if self._depth:
                 return
-            queue = self._first or self._last
+            let_by = self._first and not (self._last and self._let_by >= MOST_LET_BY)
+            queue = self._first if let_by else self._last
             if not queue:
                 self._owner = None
                 return
+            self._let_by = self._let_by + 1 if let_by else 0
             # Handed on, so that nobody overtakes whoever waits.
             self._depth = 1
             self._owner, handed_on = queue.popleft()

@@ -12,9 +12,8 @@ from types import TracebackType
 import torch
 
 from realfill.base import Base
-from realfill.errors import RealFillError
 from service.engine.attention import Attention
-from service.engine.board import Board, ended_by, tell_cancelled
+from service.engine.board import Board, ended_by, forget_unnamed, tell_cancelled
 from service.engine.cost import CostModel
 from service.engine.job import Job, Sampled
 from service.engine.lane import RUNNING_BATCHES, Lane
@@ -161,8 +160,8 @@ class Engine:
             raise refusal
         try:
             if job.digest is not None and job.adapter is not None:
-                self.runner.weights.bring(job.digest, job.adapter)
-        except RealFillError as error:
+                self.runner.weights.bring(job.digest, job.adapter, spare=board.digests())
+        except Exception as error:  # noqa: BLE001  # whoever submitted the job gets it
             board.withdraw(task, error)
         board.notify()
         return task.future
@@ -172,7 +171,9 @@ class Engine:
 
         A job that is submitted with it brings it back.
         """
-        self.runner.weights.forget(digest)
+        with self._board.changed:
+            self._board.to_forget.add(digest)
+            forget_unnamed(self._board, self.runner.weights)
         self._board.notify()
 
     @property
@@ -186,8 +187,19 @@ class Engine:
         return len(self._board)
 
     def backlog_s(self) -> float | None:
-        """Expected seconds until all that was submitted is done, None before the calibration."""
-        return self.cost.seconds_for(self._board.sample_steps_left(), self._board.samples())
+        """Expected seconds until all that was submitted is done, None before the calibration.
+
+        A job with a deadline has left by then, whatever it asked for.
+        """
+        total, now = 0.0, time.monotonic()
+        with self._board.changed:
+            for task in [*self._board.waiting, *self._board.running]:
+                needs = self.cost.seconds_for(task.sample_steps_left, len(task.job.seeds))
+                if needs is None:
+                    return None
+                left = math.inf if task.job.deadline is None else task.job.deadline - now
+                total += max(0.0, min(needs, left))
+        return total
 
     def metrics(self) -> EngineMetrics:
         """What was done and what is before the lane."""
@@ -212,6 +224,19 @@ class Engine:
     def _alone_s(self, job: Job, samples: int) -> float | None:
         return self.cost.alone_s(samples, job.steps, self.runner.max_samples)
 
+    def _least_s(self, job: Job) -> float | None:
+        """Seconds in which an idle lane may well make one sample, and that be of use.
+
+        The least that speaks for it: who is refused teaches nothing, so that a machine which was
+        slow a moment ago, or when it was calibrated, would refuse every job for ever.
+        """
+        ways = [
+            self.cost.alone_s(1, job.steps, self.runner.max_samples, corrected=corrected)
+            for corrected in (False, True)
+        ]
+        known = [seconds for seconds in ways if seconds is not None]
+        return min(known) + job.after.least_s(1) if known else None
+
     def _refusal(self, job: Job) -> Exception | None:
         """Why a job cannot be promised."""
         board, backlog = self._board, self.backlog_s()
@@ -223,19 +248,16 @@ class Engine:
                 retry_after_s=retry,
             )
         alone = self._alone_s(job, len(job.seeds))
-        # By the calibration: a machine that was slow a moment ago may not be so any more, and one
-        # that refuses every job would never find out.
-        least = self.cost.alone_s(1, job.steps, self.runner.max_samples, corrected=False)
+        least = self._least_s(job)
         if job.deadline is None or backlog is None or alone is None or least is None:
             return None
         left = job.deadline - time.monotonic()
-        least += job.after_s(1)
         if least > left:
             return DeadlineExceeded(
                 f"One candidate takes about {least:.2g} s and the deadline is in "
                 f"{max(left, 0):.2g} s: ask for fewer steps, or allow more time."
             )
-        alone += job.after_s(len(job.seeds))
+        alone += job.after.expected_s(len(job.seeds))
         # Where an idle lane could not finish all of it either, waiting would not help.
         if backlog + min(alone, left) <= left:
             return None

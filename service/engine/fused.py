@@ -13,7 +13,7 @@ without the suffix), and round differently.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -93,7 +93,6 @@ class FusedWeights:
         }
         self._split_from = split_from
         self._tier: Tier[FusedSet] = Tier(budget_bytes)
-        self._to_forget: set[str] = set()
         self._parting = Parting()
         self._composed: tuple[str | None, ...] = ()
         self._layers = self._grouped(unet)
@@ -165,22 +164,17 @@ class FusedWeights:
         """Fuse an adapter's set, or find it, and pin it; see ``Weights``."""
         return self._take(digest, adapter, pin=True, wait=wait)
 
-    def bring(self, digest: str, adapter: Adapter) -> None:
+    def bring(self, digest: str, adapter: Adapter, spare: Collection[str] = ()) -> None:
         """Fuse an adapter's set for later; see ``Weights``."""
-        self._take(digest, adapter, pin=False, wait=True)
+        self._take(digest, adapter, pin=False, wait=True, spare=spare)
 
     def give_back(self, digest: str) -> None:
         """Unpin a set."""
         self._tier.give_back(digest)
-        if digest in self._to_forget:
-            self.forget(digest)
 
-    def forget(self, digest: str) -> None:
-        """Drop a set, at once or when the last job gives it back."""
-        if self._tier.drop(digest):
-            self._to_forget.discard(digest)
-        else:
-            self._to_forget.add(digest)
+    def forget(self, digest: str) -> bool:
+        """Drop a set; see ``Weights``."""
+        return self._tier.drop(digest)
 
     def settle(self) -> None:
         """Let go of sets that left the tier while the layers still named them."""
@@ -255,11 +249,20 @@ class FusedWeights:
         self._installed.release()
         self._tier.clear()
 
-    def _take(self, digest: str, adapter: Adapter, *, pin: bool, wait: bool) -> bool:
+    def _take(
+        self,
+        digest: str,
+        adapter: Adapter,
+        *,
+        pin: bool,
+        wait: bool,
+        spare: Collection[str] = (),
+    ) -> bool:
         def make() -> FusedSet:
             return self._fuse(stage(self._modules, digest, adapter))
 
-        taken = self._tier.take(digest, self._set_bytes(), make, pin=pin, wait=wait)
+        size_bytes = self._set_bytes()
+        taken = self._tier.take(digest, size_bytes, make, pin=pin, wait=wait, spare=spare)
         return taken is not None
 
     def _set_bytes(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from torch import Tensor
 
@@ -12,9 +13,26 @@ from realfill.capsule import Adapter
 from service.engine.halving import Halving
 
 
-def no_time(_: int) -> float:
+class After(Protocol):
+    """What comes between the decoding of a job's samples and their use."""
+
+    def expected_s(self, samples: int) -> float:
+        """Seconds that it may well take."""
+        ...
+
+    def least_s(self, samples: int) -> float:
+        """Seconds that it takes at least, as far as is known."""
+        ...
+
+
+class Nothing:
     """Samples are of use as soon as they are there."""
-    return 0.0
+
+    def expected_s(self, _: int) -> float:
+        """No time."""
+        return 0.0
+
+    least_s = expected_s
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,8 +50,7 @@ class Job:
         sampler: ddpm, ddim, ddim-quadratic or dpm++2m.
         tenant: On whose behalf; tenants share the lane evenly, and so do the scenes of one.
         deadline: When what is finished has to be of use, on ``time.monotonic``'s clock.
-        after_s: Seconds that whoever submitted it needs for so many samples, after they are decoded
-            and before the deadline.
+        after: What whoever submitted it does with its samples before the deadline.
         halving: When to look at its samples and which to give up; None keeps all.
         cancel: Set it and the job ends within one step.
         on_step: Called in the lane after each of its steps with the sample-steps done and their
@@ -50,7 +67,7 @@ class Job:
     sampler: str
     tenant: str = ""
     deadline: float | None = None
-    after_s: Callable[[int], float] = no_time
+    after: After = field(default_factory=Nothing)
     halving: Halving | None = None
     cancel: threading.Event = field(default_factory=threading.Event)
     on_step: Callable[[int, int], None] | None = None

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 from service.engine.batcher import Batcher
-from service.engine.board import Board, tell_cancelled
+from service.engine.board import Board, forget_unnamed, tell_cancelled
 from service.engine.calibration import calibrate
 from service.engine.cores import Turns, all_cores
 from service.engine.cost import CostModel
@@ -120,6 +120,7 @@ class Lane:
             tell_cancelled(dropped)
             with board.changed:
                 # Under the lock, so that whoever forgets an adapter now wakes the lane again.
+                forget_unnamed(board, self.runner.weights)
                 self.runner.weights.settle()
                 if board.waiting or board.running:
                     return True
@@ -148,10 +149,12 @@ class Lane:
         """Let waiting jobs run, in their order, as far as samples and adapters have room."""
         with self.board.changed:
             waiting = list(self.board.waiting)
+        late = [task for task in waiting if task.late(self.cost.decoding_s)]
+        for task in late:
+            self.board.withdraw(task, _too_late())
         passed: list[Task] = []
         for task in waiting:
-            if task.late(self.cost.decoding_s):
-                self.board.withdraw(task, _too_late())
+            if task in late:
                 continue
             running = self.board.running
             samples = sum(len(other.samples) for other in running)
@@ -186,7 +189,7 @@ class Lane:
         at_once = self.runner.max_samples
         for count in range(len(job.seeds), 0, -1):
             alone = self.cost.alone_s(count, job.steps, at_once)
-            fits = alone is not None and alone * PRUDENCE + job.after_s(count) <= left
+            fits = alone is not None and alone * PRUDENCE + job.after.expected_s(count) <= left
             if count == 1 or fits:
                 task.at_once = count
                 return

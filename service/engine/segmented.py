@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -185,7 +185,6 @@ class SegmentedWeights:
         self._split_from = split_from
         self._classes: dict[int, RankClass] = {}
         self._class_of: dict[str, RankClass] = {}
-        self._to_forget: set[str] = set()
         self._lock = threading.Lock()
         self._slots = Slots()
         self._current: tuple[object, ...] = ()
@@ -211,26 +210,24 @@ class SegmentedWeights:
         """Copy an adapter into the arena, or find it there, and pin it; see ``Weights``."""
         return self._take(digest, adapter, pin=True, wait=wait)
 
-    def bring(self, digest: str, adapter: Adapter) -> None:
+    def bring(self, digest: str, adapter: Adapter, spare: Collection[str] = ()) -> None:
         """Copy an adapter into the arena for later; see ``Weights``."""
-        self._take(digest, adapter, pin=False, wait=True)
+        self._take(digest, adapter, pin=False, wait=True, spare=spare)
 
     def give_back(self, digest: str) -> None:
         """Unpin an adapter."""
         self._class_of[digest].tier.give_back(digest)
-        if digest in self._to_forget:
-            self.forget(digest)
 
-    def forget(self, digest: str) -> None:
-        """Drop an adapter from the arena, at once or when the last job gives it back."""
+    def forget(self, digest: str) -> bool:
+        """Drop an adapter from the arena; see ``Weights``."""
         here = self._class_of.get(digest)
-        if here is None or here.tier.drop(digest):
-            self._to_forget.discard(digest)
-        else:
-            self._to_forget.add(digest)
+        return here is None or here.tier.drop(digest)
 
     def settle(self) -> None:
         """Write the base where the weights still hold an adapter that left the arena."""
+        if self._swapper.torn:
+            # The next batch mends them, or fails alone.
+            return
         merged = self._swapper.digest
         if merged is not None and merged not in self._arena():
             self._swapper.hold(None)
@@ -238,7 +235,7 @@ class SegmentedWeights:
 
     def traces(self) -> set[str]:
         """Digests in the arena, and of what is merged."""
-        merged = self._swapper.digest
+        merged = None if self._swapper.torn else self._swapper.digest
         return self._arena() | ({merged} if merged is not None else set())
 
     def _arena(self) -> set[str]:
@@ -305,7 +302,15 @@ class SegmentedWeights:
         self._classes.clear()
         self._class_of.clear()
 
-    def _take(self, digest: str, adapter: Adapter, *, pin: bool, wait: bool) -> bool:
+    def _take(
+        self,
+        digest: str,
+        adapter: Adapter,
+        *,
+        pin: bool,
+        wait: bool,
+        spare: Collection[str] = (),
+    ) -> bool:
         here, staged = self._class_of.get(digest), None
         if here is None:
             staged = stage(self._modules, digest, adapter)
@@ -318,7 +323,8 @@ class SegmentedWeights:
             self._swapper.prepare(slot.staged)
             return slot
 
-        return kept.tier.take(digest, kept.slot_bytes, make, pin=pin, wait=wait) is not None
+        taken = kept.tier.take(digest, kept.slot_bytes, make, pin=pin, wait=wait, spare=spare)
+        return taken is not None
 
     def _class_for(self, rank: int) -> RankClass:
         wide = padded(rank)

@@ -90,6 +90,11 @@ class Swapper:
         return None if self._current is None else self._current.digest
 
     @property
+    def torn(self) -> bool:
+        """Whether a swap failed half-way and could not be undone; the next one repairs it."""
+        return self._torn
+
+    @property
     def module_paths(self) -> tuple[str, ...]:
         """Paths of the modules that adapters may change."""
         return tuple(self._modules)

@@ -81,7 +81,7 @@ class Task:
         finished = sum(sample.finished for sample in self.samples)
         needs_s = 0.0
         if finished:
-            needs_s = decoding_s(finished - len(self.images)) + self.job.after_s(finished)
+            needs_s = decoding_s(finished - len(self.images)) + self.job.after.expected_s(finished)
         return time.monotonic() + needs_s >= self.job.deadline
 
     def movable(self) -> list[Sample]:
@@ -102,7 +102,12 @@ class Task:
         slack, needs = None, 0.0
         if self.job.deadline is not None:
             needs = (step_s or 0.0) * max(self.job.steps - s.index for s in movable)
-            slack = self.job.deadline - time.monotonic() - needs - self.job.after_s(len(movable))
+            slack = (
+                self.job.deadline
+                - time.monotonic()
+                - needs
+                - self.job.after.expected_s(len(movable))
+            )
         scene, tenant = self.job.digest, self.job.tenant
         return Ready(self, tenant, scene, len(movable), slack_s=slack, needs_s=needs)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -60,16 +60,20 @@ class Weights(Protocol):
         """
         ...
 
-    def bring(self, digest: str, adapter: Adapter) -> None:
-        """Make an adapter ready for a job that will come, if there is room; errors as ``take``."""
+    def bring(self, digest: str, adapter: Adapter, spare: Collection[str] = ()) -> None:
+        """Make an adapter ready for a job that will come, if there is room; errors as ``take``.
+
+        Args:
+            spare: What must not make room for it, because jobs before it wait for that.
+        """
         ...
 
     def give_back(self, digest: str) -> None:
         """One job needs the adapter no longer."""
         ...
 
-    def forget(self, digest: str) -> None:
-        """Keep nothing of an adapter, unless jobs need it: then it goes after them."""
+    def forget(self, digest: str) -> bool:
+        """Keep nothing of an adapter; False where it is needed or being made ready just now."""
         ...
 
     def settle(self) -> None:

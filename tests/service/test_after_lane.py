@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
-from service.after_lane import AfterLane
+from service.after_lane import FRESH_S, AfterLane
 
 
 def test_nothing_is_expected_before_there_was_anything() -> None:
@@ -24,3 +26,35 @@ def test_means_move_and_are_of_as_many_candidates() -> None:
     assert after.expected_s(3) == pytest.approx(0.26)
     assert after.expected_s(10) == pytest.approx(0.38)
     assert after.expected_s(16) == after.expected_s(64) == 0.5
+
+
+def test_a_stall_is_no_trend() -> None:
+    """One ranking of a minute among quick ones does not make the next one late."""
+    after = AfterLane()
+    for _ in range(5):
+        after.learn(4, 0.2)
+    after.learn(4, 60.0)
+    assert after.expected_s(4) < 0.7
+    assert after.least_s(4) == pytest.approx(0.2)
+
+
+def test_what_lasts_is_learned() -> None:
+    """Ten times as long, again and again."""
+    after = AfterLane()
+    for seconds in (0.1, *[1.0] * 10):
+        after.learn(4, seconds)
+    assert after.expected_s(4) > 1.0
+
+
+def test_nobody_is_refused_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A first completion that stalled is all that is known, until it is old or others are there."""
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    after = AfterLane()
+    after.learn(4, 60.0)
+    assert after.least_s(1) == 60.0
+    now = FRESH_S + 1
+    assert after.least_s(1) == 0.0
+    assert after.expected_s(4) == 60.0
+    after.learn(1, 0.1)
+    assert after.expected_s(4) == pytest.approx(0.1)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -166,9 +168,29 @@ def test_a_deadline_leaves_time_for_what_comes_after_the_lane(
     assert isinstance(road.engine, GreyEngine)
     road.complete("tower", image, mask, replace(PLAN, deadline=1000.0))
     (job,) = road.engine.jobs
-    assert (job.deadline, job.after_s(3)) == (1000.0, 0.0)
+    assert (job.deadline, job.after.expected_s(3)) == (1000.0, 0.0)
     road.after_lane.learn(3, 0.25)
-    assert job.after_s(3) == 0.25
+    assert job.after.expected_s(3) == job.after.least_s(3) == 0.25
+
+
+def test_nothing_is_ranked_for_who_has_left(
+    road: Road, image: Tensor, mask: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither what comes from the lane too late, nor what waited for its turn meanwhile."""
+    ranked: list[object] = []
+    monkeypatch.setattr("service.road.rank_candidates", lambda *given: ranked.append(given))
+    cancel = threading.Event()
+    pending = road.begin(road.look_up("tower"), image, road.look_at(mask, PLAN), PLAN, cancel)
+    sampled = pending.future.result()
+    with ThreadPoolExecutor(1) as pool:
+        with road._rank_lock:
+            waiting = pool.submit(road.finish, pending, sampled)
+            time.sleep(0.2)
+            cancel.set()
+        assert isinstance(waiting.exception(), Cancelled)
+    with pytest.raises(Cancelled):
+        road.finish(pending, sampled)
+    assert ranked == []
 
 
 def test_a_capsule_without_references_keeps_the_order_of_seeds(

@@ -62,8 +62,45 @@ def test_dropping_waits_for_jobs_and_expelling_does_not() -> None:
     assert tier.drop("unknown")
     tier.expel("a")
     assert gone == ["A"]
+    # It came back for another, who gives back later.
+    tier.take("a", 10, lambda: "A")
     tier.give_back("a")
+    assert tier.metrics().pinned == 1
+    tier.give_back("a")
+    assert tier.drop("a")
     assert tier.metrics().held_bytes == 0
+
+
+def test_what_is_spared_does_not_make_room() -> None:
+    """For this one: it leaves for the next one that spares nothing."""
+    tier = filled(20, "a", "b")
+    assert tier.take("c", 10, lambda: "never", pin=False, spare={"a", "b"}) is None
+    assert tier.take("c", 10, lambda: "C", pin=False, spare={"a"}) == "C"
+    assert tier.digests() == ["a", "c"]
+    assert tier.take("d", 10, lambda: "D") == "D"
+    assert tier.digests() == ["c", "d"]
+
+
+def test_what_is_found_counts_as_used() -> None:
+    """And what is not there is not made."""
+    tier = filled(20, "a", "b")
+    assert (tier.find("a"), tier.find("c")) == ("A", None)
+    assert tier.digests() == ["b", "a"]
+    assert tier.metrics().hits == 1
+
+
+def test_what_is_being_made_is_not_gone() -> None:
+    """Whoever drops it then has to come again."""
+    tier: Tier[str] = Tier(30)
+    dropped: list[bool] = []
+
+    def make() -> str:
+        dropped.append(tier.drop("a"))
+        return "A"
+
+    tier.take("a", 10, make, pin=False)
+    assert dropped == [False]
+    assert tier.drop("a")
 
 
 def test_a_value_that_cannot_be_made_leaves_no_trace() -> None:

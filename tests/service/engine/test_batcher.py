@@ -75,7 +75,7 @@ def test_jobs_of_one_scene_end_one_after_the_other() -> None:
 def test_urgent_deadlines_come_first_the_earliest_before_the_others() -> None:
     """A job whose slack is less than what it needs takes its places before anybody's share."""
     later = Ready("later", "", "l", 3, slack_s=0.4, needs_s=0.5)
-    sooner = Ready("sooner", "", "s", 3, slack_s=-0.1, needs_s=0.5)
+    sooner = Ready("sooner", "", "s", 3, slack_s=0.1, needs_s=0.5)
     relaxed = Ready("relaxed", "", "r", 4, slack_s=9.0, needs_s=0.5)
     assert Batcher(4).choose([relaxed, later, sooner]) == {"sooner": 3, "later": 1}
     chosen = Batcher(8).choose([relaxed, later, sooner])
@@ -102,3 +102,22 @@ def test_no_place_is_given_twice_or_left_empty(
         chosen = batcher.choose(jobs)
         assert sum(chosen.values()) == min(places, sum(job.count for job in jobs))
         assert all(0 < chosen[key] <= jobs[int(str(key))].count for key in chosen)
+
+
+def test_who_is_late_anyway_goes_behind_who_can_be_in_time() -> None:
+    """Otherwise both would be late; among those who can, the least time to spare goes first."""
+    late = Ready("late", "", "late", 4, slack_s=-0.5, needs_s=2.0)
+    tight = Ready("tight", "", "tight", 3, slack_s=0.1, needs_s=2.0)
+    near = Ready("near", "", "near", 4, slack_s=1.0, needs_s=2.0)
+    assert Batcher(4).choose([late, near, tight]) == {"tight": 3, "near": 1}
+    assert Batcher(4).choose([late, of("patient", 4)]) == {"late": 4}
+
+
+def test_places_that_nobody_wanted_are_no_debt() -> None:
+    """Beside one that needs a single place; when many come, all have their share at once."""
+    batcher = Batcher(16)
+    for _ in range(10):
+        assert batcher.choose([of("a", 1), of("b", 16)]) == {"a": 1, "b": 15}
+    crowd = [of("a", 1), of("b", 16), *(of(f"new{k}", 16) for k in range(14))]
+    got = [batcher.choose(crowd).get("b", 0) for _ in range(12)]
+    assert got == [1] * 12

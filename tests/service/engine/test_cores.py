@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from service.engine.cores import MOST_MEMBERS, Crew, Turns, all_cores, crew_for
+from service.engine.cores import MOST_LET_BY, MOST_MEMBERS, Crew, Turns, all_cores, crew_for
 from service.engine.engine import Engine
 from tests.service.engine.test_lane import WAIT_S, Blocker, job_for
 from tests.service.engine.test_sharing import scene
@@ -197,3 +197,26 @@ def test_a_batch_is_shared_and_its_pictures_are_the_same() -> None:
     assert set(threads) == {"lane"}
     for one, other in zip(shared, alone, strict=True):
         assert torch.equal(one, other)
+
+
+def test_others_who_come_without_end_do_not_stop_the_lane() -> None:
+    """Two of them hand the turn to each other; the lane has one after a few of theirs."""
+    turns, over = Turns(), threading.Event()
+
+    def again_and_again() -> None:
+        while not over.is_set():
+            with turns.turn():
+                time.sleep(0.01)
+
+    threads = [threading.Thread(target=again_and_again) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(3):
+            began = time.perf_counter()
+            with turns.turn(last=True):
+                assert time.perf_counter() - began < (MOST_LET_BY + 2) * 0.01 + 1
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join(WAIT_S)

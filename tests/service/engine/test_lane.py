@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-import time
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from typing import Any
 
@@ -219,27 +218,6 @@ def test_close_gives_the_base_back_as_it_was(base: Base) -> None:
         engine.submit(job_for(base, digest="a", adapter=tiny_adapter(base, 1))).result(WAIT_S)
     after = base.unet.state_dict()
     assert all(torch.equal(weight, after[name]) for name, weight in before.items())
-
-
-@pytest.mark.parametrize("application", ["fused", "segmented"])
-def test_forgotten_adapter_leaves_the_device_while_the_lane_is_idle(
-    base: Base, application: Any
-) -> None:
-    """It alone: an adapter that nobody forgot stays where it is."""
-    with Engine(base, application=application) as engine:
-        a = job_for(base, digest="a", adapter=tiny_adapter(base, 1))
-        b = job_for(base, digest="b", adapter=tiny_adapter(base, 2))
-        for job in (b, a):
-            engine.submit(job).result(WAIT_S)
-        weights = engine.runner.weights
-        assert weights.traces() == {"a", "b"}
-        engine.forget("a")
-        ends = time.monotonic() + WAIT_S
-        while "a" in weights.traces() and time.monotonic() < ends:
-            time.sleep(0.01)
-        assert weights.traces() == {"b"}
-        # And the lane goes on.
-        assert engine.submit(a).result(WAIT_S).digest == "a"
 
 
 def test_close_without_drain_cancels_what_was_submitted(base: Base) -> None:

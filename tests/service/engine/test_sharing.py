@@ -13,8 +13,7 @@ from torch import Tensor
 from realfill.base import Base
 from realfill.errors import InvalidCapsule
 from service.engine import Engine, Halving
-from service.engine.lane import MOST_OVERTAKEN, PRUDENCE
-from service.errors import DeadlineExceeded, QueueFull
+from service.engine.lane import MOST_OVERTAKEN
 from tests.service.engine.test_lane import WAIT_S, Blocker, job_for
 from tests.tiny import tiny_adapter, tiny_base
 
@@ -134,69 +133,6 @@ def test_jobs_are_decoded_between_steps_for_as_long_as_a_step_takes(
         blocker.release.set()
         longer.result(WAIT_S)
     assert next(count for count in seen if count) == at_first
-
-
-def test_a_deadline_leaves_time_to_decode_what_is_finished(base: Base) -> None:
-    """And for what comes afterwards: three pairs are finished, and both are expected to take long.
-
-    What is refused, and how many samples move at first, allows for it, too.
-    """
-    seeds = tuple(range(20))
-    decode_s, after_s = 0.05, 0.05
-    with Engine(base, max_samples=2) as engine:
-        engine.submit(job_for(base, seeds=seeds)).result(WAIT_S)
-        engine.cost.calibrate([1], lambda size: 1e-6, lambda: decode_s)
-        deadline = time.monotonic() + 6.0
-
-        def on_step(done: int, total: int) -> None:
-            if done == 12:
-                needs_s = 6 * (decode_s + after_s)
-                time.sleep(max(0.0, deadline - needs_s - time.monotonic()) + 0.01)
-
-        more = {"deadline": deadline, "after_s": lambda samples: after_s * samples}
-        job = job_for(base, seeds=seeds, on_step=on_step, **more)
-        partial = engine.submit(job).result(WAIT_S)
-        assert time.monotonic() < deadline
-        hopeless = job_for(base, deadline=time.monotonic() + 9, after_s=lambda _: 60.0)
-        with pytest.raises(DeadlineExceeded, match=r"One candidate takes about 60 s"):
-            engine.submit(hopeless)
-    assert partial.partial
-    assert partial.seeds == seeds[:6]
-
-
-def test_a_deadline_before_the_first_candidate_is_an_error(base: Base) -> None:
-    """Nothing is finished, so there is nothing to answer with; the lane goes on."""
-    with Engine(base) as engine:
-        engine.submit(job_for(base)).result(WAIT_S)
-        engine.cost.calibrate([1], lambda size: 1e-6, lambda: 0.0)
-        deadline = time.monotonic() + 0.3
-
-        def on_step(done: int, total: int) -> None:
-            time.sleep(max(0.0, deadline - time.monotonic()) + 0.01)
-
-        late = engine.submit(job_for(base, steps=50, deadline=deadline, on_step=on_step))
-        with pytest.raises(DeadlineExceeded, match="before one candidate was finished"):
-            late.result(WAIT_S)
-        assert engine.submit(job_for(base)).result(WAIT_S).seeds == (1, 2)
-
-
-def test_a_promise_that_cannot_be_kept_is_refused(base: Base) -> None:
-    """Too short for one candidate: an error. Too much work before it: come back later, and when."""
-    with Engine(base, max_samples=1) as engine:
-        blocker = Blocker(base, seeds=(1,), steps=11)
-        blocker.submit(engine)
-        engine.cost.calibrate([1], lambda size: 1.0, lambda: 0.0)
-        drift = engine.cost.drift
-        soon = time.monotonic()
-        with pytest.raises(DeadlineExceeded, match="One candidate takes about"):
-            engine.submit(job_for(base, seeds=(1,), steps=2, deadline=soon + 1.5))
-        with pytest.raises(QueueFull, match="of work before this job") as refusal:
-            engine.submit(job_for(base, seeds=(1,), steps=2, deadline=soon + 5 * drift))
-        # Ten steps are before it, it needs two, and has time for five.
-        assert refusal.value.retry_after_s == pytest.approx(7 * drift, rel=0.1)
-        fits = engine.submit(job_for(base, seeds=(1,), steps=2, deadline=soon + 1000 * drift))
-        blocker.release.set()
-        assert fits.result(WAIT_S).seeds == (1,)
 
 
 def test_halving_gives_up_the_worse_seeds(base: Base) -> None:
@@ -321,42 +257,3 @@ def test_a_scene_without_room_is_not_passed_over_for_ever(base: Base) -> None:
         for future in futures:
             future.result(WAIT_S)
     assert answered.index("cold") < 10 + MOST_OVERTAKEN + 3
-
-
-def test_a_job_that_waits_past_its_deadline_is_told(base: Base) -> None:
-    """Without a step: it never began."""
-    with Engine(base, max_running=1) as engine:
-        blocker = Blocker(base)
-        blocker.submit(engine)
-        engine.cost.calibrate([1], lambda size: 1e-9, lambda: 0.0)
-        waiting = engine.submit(job_for(base, deadline=time.monotonic() + 0.05))
-        time.sleep(0.1)
-        blocker.release.set()
-        with pytest.raises(DeadlineExceeded):
-            waiting.result(WAIT_S)
-
-
-@pytest.mark.usefixtures("one_core")
-def test_a_near_deadline_finishes_some_rather_than_all_half_way(base: Base) -> None:
-    """On an idle lane too: time for about six of sixteen makes batches of fewer, and an answer."""
-    seeds = tuple(range(16))
-    with Engine(base) as engine:
-        whole = engine.submit(job_for(base, seeds=seeds, steps=4)).result(WAIT_S)
-        engine.cost.calibrate([1, 16], lambda size: 0.5 * size / engine.cost.drift, lambda: 0.0)
-        fitting = 6
-        deadline = time.monotonic() + 0.5 * fitting * 4 * PRUDENCE + 0.9
-        batches: list[int] = []
-
-        def on_step(done: int, total: int) -> None:
-            # The first six make four steps; then the deadline comes.
-            if done == fitting * 4:
-                time.sleep(max(0.0, deadline - time.monotonic()) + 0.01)
-
-        hook = base.unet.register_forward_pre_hook(lambda _, args: batches.append(len(args[0])))
-        job = job_for(base, seeds=seeds, steps=4, deadline=deadline, on_step=on_step)
-        partial = engine.submit(job).result(WAIT_S)
-        hook.remove()
-    assert batches == [fitting] * 4
-    assert partial.partial
-    assert partial.seeds == seeds[:fitting]
-    assert torch.equal(partial.samples, whole.samples[:fitting])
