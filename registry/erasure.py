@@ -64,6 +64,8 @@ def erase_rows(
         "erased_by": tombstone.erased_by,
         "reason": tombstone.reason,
     }
+    # One is there already where an import of an older registry brought the scene back.
+    connection.execute(delete(tombstones).where(tombstones.c.scene == tombstone.scene))
     connection.execute(insert(tombstones).values(row))
     details = {"versions": last_number, "reason": tombstone.reason}
     at, by = tombstone.erased, tombstone.erased_by

@@ -44,22 +44,23 @@ _OWE = insert(deliveries).from_select(
 )
 
 
-def refuse_erased(connection: Connection, scene: str, digest: str) -> None:
+def refuse_erased(connection: Connection, scene: str, *digests: str) -> None:
     """Stop whoever would bring back what was erased.
 
     Raises:
-        Conflict: A scene of this name was erased, or were the bytes.
+        Conflict: A scene of this name was erased, or were some of the bytes.
     """
     if find_tombstone(connection, scene) is not None:
         raise Conflict(str(no_scene(connection, scene)))
-    erased = connection.execute(
-        select(blobs.c.erased).where(blobs.c.digest == digest)
-    ).scalar_one_or_none()
-    if erased is not None:
-        raise Conflict(
-            f"The bytes sha256:{digest} were erased on {erased:%Y-%m-%d} and are not "
-            "taken again: train the scene again if it may be kept now."
-        )
+    for digest in digests:
+        erased = connection.execute(
+            select(blobs.c.erased).where(blobs.c.digest == digest)
+        ).scalar_one_or_none()
+        if erased is not None:
+            raise Conflict(
+                f"The bytes sha256:{digest} were erased on {erased:%Y-%m-%d} and are not "
+                "taken again: train the scene again if it may be kept now."
+            )
 
 
 def add_scene(connection: Connection, name: str, at: datetime) -> None:

@@ -116,7 +116,7 @@ def import_scenes(
     Raises:
         InvalidUpload: The manifest does not add up, or a capsule is not sound.
         CorruptObject: A capsule is missing or altered.
-        Conflict: The registry's scene went another way than the one that comes.
+        Conflict: The registry's scene went another way than the one that comes, or was erased.
     """
     entries = [entry for entry in source.scenes() if not names or entry.name in names]
     absent = sorted(set(names) - {entry.name for entry in entries})
@@ -217,6 +217,8 @@ def _take(
 ) -> Transfer:
     """The capsules first, one by one; then every row of the scene in one transaction."""
     kept = [version for version in entry.versions if version.swept is None]
+    with registry.database.reading() as connection:
+        ledger.refuse_erased(connection, entry.name, *(version.digest for version in kept))
     uploads: dict[str, Upload] = {}
     sent_bytes = 0
     for version in kept:
@@ -236,9 +238,13 @@ def _take(
     with registry.database.writing() as connection:
         ledger.add_scene(connection, entry.name, entry.created)
         scene_id = ledger.lock_scene(connection, entry.name)
+        # Once more, now that the scene's row is held, and below those of the bytes.
+        ledger.refuse_erased(connection, entry.name)
         fresh = _fresh(connection, entry, kept)
         for version in fresh:
-            if ledger.take_blob(connection, uploads[version.digest], at):
+            swept = ledger.take_blob(connection, uploads[version.digest], at)
+            ledger.refuse_erased(connection, entry.name, version.digest)
+            if swept:
                 registry.blobs.put(source.read(version.digest), version.digest)
             # A parent whose bytes a sweep had removed does not come along.
             parent = version.parent if version.parent in numbers else None

@@ -9,7 +9,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from sqlalchemy import select
+from sqlalchemy import insert, select
 
 from registry import (
     Conflict,
@@ -23,7 +23,7 @@ from registry import (
 from registry.blobs import FOLDER, blob_key, open_directory
 from registry.database import Database
 from registry.errors import AlreadyExists, CorruptObject
-from registry.schema import audit
+from registry.schema import audit, tombstones
 from tests.registry.capsules import MemoryObjects, TearingObjects, capsule
 
 HOUR = timedelta(hours=1)
@@ -286,6 +286,19 @@ def test_interrupted_erasure_is_finished_by_the_next_sweep(shop: Shop) -> None:
     assert [scene.name for scene in shop.registry.scenes()] == ["kept"]
     assert shop.registry.sweep(grace=HOUR).removed == (digest,)
     assert blob_key(digest) not in shop.objects.objects
+
+
+def test_scene_that_came_back_is_erased_again(shop: Shop) -> None:
+    """Imports once brought erased scenes back: the tombstone of that time is no obstacle."""
+    digest = shop.registry.publish(capsule()).digest
+    first = {"scene": "tower", "last_number": 1, "erased": shop.clock(), "erased_by": "ada"}
+    with shop.registry.database.writing() as connection:
+        connection.execute(insert(tombstones).values(**first, reason="asked"))
+    erasure = shop.registry.erase("tower", reason="asked again", by="bob")
+    assert erasure.removed == (digest,)
+    assert shop.registry.tombstone("tower") == erasure.tombstone
+    with pytest.raises(Conflict, match=r"by bob \(asked again\)"):
+        shop.registry.publish(capsule(seed=1))
 
 
 def test_protected_alias_moves_by_override_only(shop: Shop) -> None:

@@ -124,6 +124,49 @@ def test_scenes_that_parted_are_not_mixed(full: Registry, other: Registry) -> No
         import_scenes(other, RegistrySource(full, ["tower"]), rename="tower-2")
 
 
+@pytest.mark.parametrize(
+    ("name", "sentence"), [(None, "'bridge' was erased"), ("spire", "were erased")]
+)
+def test_what_was_erased_is_not_brought_back(
+    full: Registry, other: Registry, name: str | None, sentence: str
+) -> None:
+    """Neither under its name nor under another: no row, and no bytes."""
+    import_scenes(other, RegistrySource(full))
+    (digest,) = other.erase("bridge", reason="asked").removed
+    with pytest.raises(Conflict, match=sentence):
+        import_scenes(other, RegistrySource(full, ["bridge"]), rename=name)
+    assert [scene.name for scene in other.scenes()] == ["tower"]
+    assert digest not in other.blobs.digests()
+
+
+class Erasing(Breaking):
+    """A source while whose only new capsule is read someone erases the target's scene."""
+
+    def __init__(self, source: Source, target: Registry) -> None:
+        super().__init__(source, 1)
+        self._target = target
+
+    def read(self, digest: str) -> bytes:
+        """The capsule, then the erasure."""
+        data = super().read(digest)
+        self._target.erase("tower", reason="asked")
+        return data
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"), [(None, "'tower' was erased"), ("spire", "were erased")]
+)
+def test_what_is_erased_meanwhile_is_not_brought_back(
+    full: Registry, other: Registry, name: str | None, sentence: str
+) -> None:
+    """Scene and bytes are looked at again when their rows are held."""
+    import_scenes(other, RegistrySource(full, ["tower"]))
+    full.publish(capsule(seed=5), override=True)
+    with pytest.raises(Conflict, match=sentence):
+        import_scenes(other, Erasing(RegistrySource(full, ["tower"]), other), rename=name)
+    assert other.scenes() == []
+
+
 def test_swept_versions_leave_their_numbers(full: Registry, other: Registry) -> None:
     """Their bytes cannot come along; nobody else gets the number."""
     full.sweep(grace=timedelta(0))
