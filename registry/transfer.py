@@ -219,20 +219,7 @@ def _take(
     kept = [version for version in entry.versions if version.swept is None]
     with registry.database.reading() as connection:
         ledger.refuse_erased(connection, entry.name, *(version.digest for version in kept))
-    uploads: dict[str, Upload] = {}
-    sent_bytes = 0
-    for version in kept:
-        data = _arrived(registry, version.digest)
-        if data is None:
-            data = source.read(version.digest)
-            registry.blobs.put(data, version.digest)
-            sent_bytes += len(data)
-        uploads[version.digest] = inspect(data)
-        signature = source.signature(version.digest)
-        if signature is not None:
-            registry.blobs.sign(version.digest, signature)
-        if progress is not None:
-            progress(f"{entry.name}@{version.number}")
+    uploads, signatures, sent_bytes = _bring(registry, entry.name, kept, source, progress)
     by, at = person(by), now()
     numbers = {version.number for version in kept}
     with registry.database.writing() as connection:
@@ -257,7 +244,36 @@ def _take(
             _finish(connection, scene_id, entry, by, at)
             details = {"versions": len(fresh), "moves": moves, "from": source.place}
             ledger.record(connection, "scene.imported", entry.name, by, at, details)
+        # Last, so that a scene that is refused leaves signatures as they were.
+        for digest, signature in signatures.items():
+            registry.blobs.sign(digest, signature)
     return Transfer(entry.name, len(fresh), moves, sent_bytes)
+
+
+def _bring(
+    registry: Registry,
+    scene: str,
+    kept: Sequence[VersionEntry],
+    source: Source,
+    progress: Progress | None,
+) -> tuple[dict[str, Upload], dict[str, bytes], int]:
+    """Store the capsules; what they are, signatures that are not here, and the bytes sent."""
+    uploads: dict[str, Upload] = {}
+    signatures: dict[str, bytes] = {}
+    sent_bytes = 0
+    for version in kept:
+        data = _arrived(registry, version.digest)
+        if data is None:
+            data = source.read(version.digest)
+            registry.blobs.put(data, version.digest)
+            sent_bytes += len(data)
+        uploads[version.digest] = inspect(data)
+        signature = source.signature(version.digest)
+        if signature is not None and registry.blobs.signature(version.digest) is None:
+            signatures[version.digest] = signature
+        if progress is not None:
+            progress(f"{scene}@{version.number}")
+    return uploads, signatures, sent_bytes
 
 
 def _arrived(registry: Registry, digest: str) -> bytes | None:

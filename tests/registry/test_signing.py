@@ -9,11 +9,11 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from registry import InvalidReference, Registry, SignatureRefused
+from registry import Conflict, InvalidReference, Registry, SignatureRefused
 from registry.events import read_events
 from registry.manifest import open_export
 from registry.signing import Guard, Policy, sign
-from registry.transfer import export_scenes, import_scenes
+from registry.transfer import RegistrySource, export_scenes, import_scenes
 from tests.registry.capsules import capsule
 
 
@@ -101,6 +101,37 @@ def test_signatures_travel_with_their_capsules(full: Registry, tmp_path: Path, n
     other = Registry.open(tmp_path / "other")
     import_scenes(other, open_export(tmp_path / name))
     assert faults(other, Guard(Policy.WARN, [public]))[1] is None
+
+
+def test_an_import_keeps_the_signatures_that_are_there(full: Registry, tmp_path: Path) -> None:
+    """An older export brings back no older signature, and one that is missing comes later."""
+    old, _ = write_keys(tmp_path, "old")
+    new, public = write_keys(tmp_path, "new")
+    sign(full, "tower@1", old)
+    export_scenes(full, tmp_path / "out")
+    sign(full, "tower@1", new)
+    import_scenes(full, open_export(tmp_path / "out"))
+    other = Registry.open(tmp_path / "other")
+    import_scenes(other, RegistrySource(full))
+    sign(full, "tower@2", new)
+    import_scenes(other, RegistrySource(full))
+    for registry in (full, other):
+        assert faults(registry, Guard(Policy.WARN, [public])) == [None, None]
+
+
+def test_a_refused_import_leaves_no_signature(full: Registry, tmp_path: Path) -> None:
+    """Bytes that another scene holds stay as they were, signed or not."""
+    private, _ = write_keys(tmp_path, "ada")
+    for number in (1, 2):
+        sign(full, f"tower@{number}", private)
+    other = Registry.open(tmp_path / "other")
+    signed, unsigned = (other.publish(capsule(seed=seed), scene="bridge") for seed in range(2))
+    other.blobs.sign(signed.digest, b"of another key")
+    other.publish(capsule(seed=9))
+    with pytest.raises(Conflict, match="version 1 is another one there"):
+        import_scenes(other, RegistrySource(full))
+    assert other.blobs.signature(signed.digest) == b"of another key"
+    assert other.blobs.signature(unsigned.digest) is None
 
 
 def test_an_erased_scene_leaves_no_signature(full: Registry, tmp_path: Path) -> None:
