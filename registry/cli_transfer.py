@@ -15,7 +15,8 @@ from registry.commands import Address, Refused, by_option, counting, json_option
 from registry.events import watch as watch_events
 from registry.manifest import open_export
 from registry.registry import Registry
-from registry.transfer import RegistrySource, Transfer, export_scenes, import_scenes
+from registry.source import RegistrySource
+from registry.transfer import Transfer, export_scenes, import_scenes
 from registry.webhooks import SECRET_VARIABLE, Courier
 
 PASSWORD_VARIABLE = "REALFILL_SIGNING_PASSWORD"

@@ -8,7 +8,7 @@ sent again, and of each scene either all rows are visible or none.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from functools import partial
@@ -31,7 +31,6 @@ from registry.exports import Write, directory_writer, tar_writer
 from registry.keeper import person
 from registry.manifest import (
     MANIFEST,
-    MoveEntry,
     SceneEntry,
     Source,
     VersionEntry,
@@ -39,13 +38,13 @@ from registry.manifest import (
 )
 from registry.reader import now
 from registry.records import check_scene
-from registry.schema import alias_moves, aliases, protected_aliases, scenes
+from registry.schema import alias_moves, aliases, scenes
+from registry.source import RegistrySource, history
 from registry.upload import Upload, inspect
 
 if TYPE_CHECKING:
     from registry.registry import Registry
 
-PAGE = 200
 Progress = Callable[[str], None]
 
 
@@ -129,87 +128,6 @@ def import_scenes(
             )
         entries = [replace(entries[0], name=check_scene(rename))]
     return [_take(registry, entry, source, by, progress) for entry in entries]
-
-
-class RegistrySource:
-    """Scenes of a registry, to be taken by another.
-
-    Args:
-        names: Scenes to take; none for all.
-    """
-
-    def __init__(self, registry: Registry, names: Sequence[str] = ()) -> None:
-        self._registry = registry
-        self._names = [check_scene(name) for name in names]
-
-    @property
-    def place(self) -> str:
-        """See Source."""
-        return f"the registry at {self._registry.database.place}"
-
-    def scenes(self) -> list[SceneEntry]:
-        """See Source."""
-        return [_describe(self._registry, name) for name in self._names or self._every()]
-
-    def read(self, digest: str) -> bytes:
-        """See Source."""
-        return self._registry.blobs.get(digest)
-
-    def signature(self, digest: str) -> bytes | None:
-        """See Source."""
-        return self._registry.blobs.signature(digest)
-
-    def _every(self) -> Iterator[str]:
-        after = ""
-        while page := self._registry.scenes(after=after, limit=PAGE):
-            yield from (scene.name for scene in page)
-            after = page[-1].name
-
-
-def _describe(registry: Registry, name: str) -> SceneEntry:
-    """All that the registry says of a scene, seen at one moment."""
-    with registry.database.reading() as connection:
-        scene = catalog.find_scene(connection, name)
-        here = scenes.c.name == name
-        scene_id = connection.execute(select(scenes.c.id).where(here)).scalar_one()
-        versions: list[VersionEntry] = []
-        before: int | None = None
-        while page := catalog.list_versions(
-            connection, name, before=before, limit=PAGE, retired=True
-        ):
-            before = page[-1].number
-            fields = VersionEntry.__dataclass_fields__
-            versions += [VersionEntry(**{f: getattr(v, f) for f in fields}) for v in page]
-            if before == 1:
-                break
-        guarded = select(protected_aliases.c.name).where(protected_aliases.c.scene_id == scene_id)
-        return SceneEntry(
-            name=name,
-            created=scene.created,
-            latest=scene.latest,
-            versions=versions[::-1],
-            aliases=dict(scene.aliases),
-            history=_history(connection, scene_id),
-            protected=sorted(connection.execute(guarded).scalars()),
-        )
-
-
-def _history(connection: Connection, scene_id: int) -> list[MoveEntry]:
-    mine = select(alias_moves).where(alias_moves.c.scene_id == scene_id)
-    rows = connection.execute(mine.order_by(alias_moves.c.id)).all()
-    places = {row.id: k for k, row in enumerate(rows)}
-    return [
-        MoveEntry(
-            alias=row.alias,
-            previous=row.previous,
-            number=row.number,
-            action=row.action,
-            undoes=None if row.undoes is None else places[row.undoes],
-            moved=row.moved,
-            moved_by=row.moved_by,
-        )
-        for row in rows
-    ]
 
 
 def _take(
@@ -317,7 +235,7 @@ def _add(
 
 def _replay(connection: Connection, scene_id: int, entry: SceneEntry) -> int:
     """Write down the steps of the aliases that the registry has not; their count."""
-    done = _history(connection, scene_id)
+    done = history(connection, scene_id)
     common = min(len(done), len(entry.history))
     if list(entry.history[:common]) != done[:common]:
         raise _diverged(entry.name, "an alias was moved elsewhere there")

@@ -13,7 +13,8 @@ from registry import Conflict, InvalidReference, Registry, SignatureRefused
 from registry.events import read_events
 from registry.manifest import open_export
 from registry.signing import Guard, Policy, sign
-from registry.transfer import RegistrySource, export_scenes, import_scenes
+from registry.source import RegistrySource
+from registry.transfer import export_scenes, import_scenes
 from tests.registry.capsules import capsule
 
 

@@ -13,7 +13,8 @@ import pytest
 from registry import Conflict, CorruptObject, InvalidReference, InvalidUpload, NotFound, Registry
 from registry.blobs import blob_key
 from registry.manifest import MANIFEST, SceneEntry, Source, open_export
-from registry.transfer import RegistrySource, Transfer, export_scenes, import_scenes
+from registry.source import RegistrySource
+from registry.transfer import Transfer, export_scenes, import_scenes
 from tests.registry.capsules import capsule
 
 
