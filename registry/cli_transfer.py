@@ -11,7 +11,14 @@ from pathlib import Path
 import click
 
 from registry import deliveries, signing, tables
-from registry.commands import Address, Refused, by_option, counting, json_option
+from registry.commands import (
+    Address,
+    Refused,
+    by_option,
+    counting,
+    json_option,
+    override_option,
+)
 from registry.events import watch as watch_events
 from registry.manifest import open_export
 from registry.registry import Registry
@@ -43,6 +50,7 @@ def export_command(address: Address, out: Path, scenes: tuple[str, ...], as_json
 @click.argument("source", type=click.Path(exists=True, path_type=Path))
 @click.argument("scenes", nargs=-1)
 @click.option("--as", "rename", metavar="NAME", help="Name of the one scene here.")
+@override_option
 @by_option
 @json_option
 @click.pass_obj
@@ -51,6 +59,7 @@ def import_command(
     source: Path,
     scenes: tuple[str, ...],
     rename: str | None,
+    override: bool,
     by: str | None,
     as_json: bool,
 ) -> None:
@@ -62,7 +71,13 @@ def import_command(
     registry = address.open(create=True)
     with counting("Read") as step:
         done = import_scenes(
-            registry, open_export(source), scenes, rename=rename, by=by, progress=step
+            registry,
+            open_export(source),
+            scenes,
+            rename=rename,
+            by=by,
+            override=override,
+            progress=step,
         )
     _print_transfers(done, as_json, f"from {source}")
 
@@ -72,6 +87,7 @@ def import_command(
 @click.argument("scenes", nargs=-1)
 @click.option("--target-database", metavar="URL", help="Database of the other registry.")
 @click.option("--as", "rename", metavar="NAME", help="Name of the one scene there.")
+@override_option
 @by_option
 @json_option
 @click.pass_obj
@@ -81,6 +97,7 @@ def copy(
     scenes: tuple[str, ...],
     target_database: str | None,
     rename: str | None,
+    override: bool,
     by: str | None,
     as_json: bool,
 ) -> None:
@@ -94,7 +111,9 @@ def copy(
     database = target_database or _own_database(target)
     other = Registry.open(target, database=database)
     with counting("Copied") as step:
-        done = import_scenes(other, source, scenes, rename=rename, by=by, progress=step)
+        done = import_scenes(
+            other, source, scenes, rename=rename, by=by, override=override, progress=step
+        )
     _print_transfers(done, as_json, f"to {target}")
 
 

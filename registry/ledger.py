@@ -186,11 +186,8 @@ def move(connection: Connection, step: Step, expect: int | None = None) -> None:
         Protected: The alias is protected, and the step is no override.
         PreconditionFailed: It points elsewhere than expected.
     """
-    if not step.override and is_protected(connection, step.scene_id, step.alias):
-        raise Protected(
-            f"The alias {step.alias!r} of {step.scene!r} is protected: move it with --override, "
-            f"or lift the protection with `registry unprotect {step.scene} {step.alias}`."
-        )
+    if not step.override:
+        refuse_protected(connection, step.scene_id, step.scene, step.alias)
     if move_alias(connection, step, expect):
         details = {"alias": step.alias, "number": step.number, "action": step.action}
         record(connection, "alias.moved", step.scene, step.by, step.at, details)
@@ -283,6 +280,19 @@ def is_protected(connection: Connection, scene_id: int, alias: str) -> bool:
     """Whether the alias moves only by an override."""
     found = connection.execute(_GUARD, {"of_scene": scene_id, "of_name": alias})
     return found.one_or_none() is not None
+
+
+def refuse_protected(connection: Connection, scene_id: int, scene: str, alias: str) -> None:
+    """Stop whoever would move a protected alias without an override.
+
+    Raises:
+        Protected: The alias is protected.
+    """
+    if is_protected(connection, scene_id, alias):
+        raise Protected(
+            f"The alias {alias!r} of {scene!r} is protected: move it with --override, or lift the "
+            f"protection with `registry unprotect {scene} --alias {alias}`."
+        )
 
 
 def set_protected(connection: Connection, step: Step, protected: bool) -> None:

@@ -103,6 +103,7 @@ def import_scenes(
     *,
     rename: str | None = None,
     by: str | None = None,
+    override: bool = False,
     progress: Progress | None = None,
 ) -> list[Transfer]:
     """Take scenes from an export or another registry, as `open_export` and `RegistrySource` give.
@@ -111,11 +112,13 @@ def import_scenes(
         names: Scenes to take; none for all.
         rename: Name for the scene here, where exactly one is taken.
         by: Who imports; the login name by default.
+        override: Also where an alias that moves is protected here.
 
     Raises:
         InvalidUpload: The manifest does not add up, or a capsule is not sound.
         CorruptObject: A capsule is missing or altered.
         Conflict: The registry's scene went another way than the one that comes, or was erased.
+        Protected: An alias that moves is protected, and override is False.
     """
     entries = [entry for entry in source.scenes() if not names or entry.name in names]
     absent = sorted(set(names) - {entry.name for entry in entries})
@@ -127,11 +130,16 @@ def import_scenes(
                 f"One name cannot stand for {len(entries)} scenes: name the one to take."
             )
         entries = [replace(entries[0], name=check_scene(rename))]
-    return [_take(registry, entry, source, by, progress) for entry in entries]
+    return [_take(registry, entry, source, by, override, progress) for entry in entries]
 
 
 def _take(
-    registry: Registry, entry: SceneEntry, source: Source, by: str | None, progress: Progress | None
+    registry: Registry,
+    entry: SceneEntry,
+    source: Source,
+    by: str | None,
+    override: bool,
+    progress: Progress | None,
 ) -> Transfer:
     """The capsules first, one by one; then every row of the scene in one transaction."""
     kept = [version for version in entry.versions if version.swept is None]
@@ -155,7 +163,7 @@ def _take(
             parent = version.parent if version.parent in numbers else None
             known = replace(version, parent=parent)
             _add(connection, scene_id, entry.name, known, uploads[version.digest])
-        moves = _replay(connection, scene_id, entry)
+        moves = _replay(connection, scene_id, entry, override)
         for version in fresh:
             _label(connection, scene_id, entry.name, version, by)
         if fresh or moves:
@@ -233,7 +241,7 @@ def _add(
     ledger.add_version(connection, step, upload, version.parent)
 
 
-def _replay(connection: Connection, scene_id: int, entry: SceneEntry) -> int:
+def _replay(connection: Connection, scene_id: int, entry: SceneEntry, override: bool) -> int:
     """Write down the steps of the aliases that the registry has not; their count."""
     done = history(connection, scene_id)
     common = min(len(done), len(entry.history))
@@ -241,6 +249,9 @@ def _replay(connection: Connection, scene_id: int, entry: SceneEntry) -> int:
         raise _diverged(entry.name, "an alias was moved elsewhere there")
     if len(done) > len(entry.history):
         return 0
+    if not override:
+        for alias in sorted({move.alias for move in entry.history[common:]}):
+            ledger.refuse_protected(connection, scene_id, entry.name, alias)
     mine = select(alias_moves.c.id).where(alias_moves.c.scene_id == scene_id)
     ids = list(connection.execute(mine.order_by(alias_moves.c.id)).scalars())
     pointers = dict(catalog.find_scene(connection, entry.name).aliases)

@@ -218,6 +218,22 @@ def test_scenes_travel(files: list[str], tmp_path: Path) -> None:
     assert (done.exit_code, "--target-database" in done.stderr) == (2, True)
 
 
+def test_guarded_aliases_travel_by_override(files: list[str]) -> None:
+    """Copying and importing ask for it, as promoting does."""
+    run("copy", "other")
+    run("--registry", "other", "protect", "tower")
+    for change, words in (
+        (["publish", files[1]], ["copy", "other"]),
+        (["rollback", "tower"], ["--registry", "other", "import", "out"]),
+    ):
+        assert run(*change).exit_code == 0
+        run("export", "out")
+        done = run(*words)
+        assert (done.exit_code, "is protected" in done.stderr) == (2, True)
+        assert run_json(*words, "--override")[0]["moves"] == 1
+        shutil.rmtree("out")
+
+
 def test_watch_prints_events(files: list[str]) -> None:
     """A line each, or a JSON object each."""
     lines = run("watch", "--since", "0", "--once").output.splitlines()

@@ -10,7 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from registry import Conflict, CorruptObject, InvalidReference, InvalidUpload, NotFound, Registry
+from registry import (
+    Conflict,
+    CorruptObject,
+    InvalidReference,
+    InvalidUpload,
+    NotFound,
+    Protected,
+    Registry,
+)
 from registry.blobs import blob_key
 from registry.manifest import MANIFEST, SceneEntry, Source, open_export
 from registry.source import RegistrySource
@@ -75,9 +83,27 @@ def test_a_copy_is_carried_forward(full: Registry, other: Registry) -> None:
     again = import_scenes(other, RegistrySource(full))
     assert again == [Transfer("bridge", 0, 0, 0), Transfer("tower", 0, 0, 0)]
     full.publish(capsule(seed=5), override=True)
-    (done,) = import_scenes(other, RegistrySource(full, ["tower"]))
+    (done,) = import_scenes(other, RegistrySource(full, ["tower"]), override=True)
     assert done == Transfer("tower", 1, 1, len(capsule(seed=5)))
     assert say(other) == say(full)
+
+
+def test_a_protected_alias_is_carried_forward_by_override_only(
+    full: Registry, other: Registry
+) -> None:
+    """The guard of the registry that takes counts, and what moves no guarded alias passes it."""
+    import_scenes(other, RegistrySource(full, ["bridge"]))
+    other.protect("bridge")
+    full.publish(capsule("bridge", seed=10), alias="candidate")
+    assert import_scenes(other, RegistrySource(full, ["bridge"]))[0].moves == 1
+    full.promote("bridge@candidate")
+    with pytest.raises(Protected, match="'live' of 'bridge' is protected: move it with --override"):
+        import_scenes(other, RegistrySource(full, ["bridge"]))
+    assert other.resolve("bridge").number == 1
+    assert import_scenes(other, RegistrySource(full, ["bridge"]), override=True)[0].moves == 1
+    assert other.resolve("bridge").number == 2
+    with pytest.raises(Protected):
+        other.rollback("bridge")
 
 
 class Breaking:
