@@ -48,9 +48,11 @@ class Database:
 
     def __init__(self, url: str | URL) -> None:
         self._engine = _create_engine(url)
-        self._reading = self._engine.execution_options(realfill_reading=True)
-        # SQLite has one writer; threads queue here, in turn, where its own wait is by chance.
         sqlite = self._engine.dialect.name == "sqlite"
+        # A transaction of SQLite sees one moment already; elsewhere each statement has its own.
+        still = {} if sqlite else {"isolation_level": "REPEATABLE READ"}
+        self._reading = self._engine.execution_options(realfill_reading=True, **still)
+        # SQLite has one writer; threads queue here, in turn, where its own wait is by chance.
         self._one_writer: AbstractContextManager[Any] = (
             threading.Lock() if sqlite else nullcontext()
         )
@@ -62,7 +64,7 @@ class Database:
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:
-        """A transaction that only reads.
+        """A transaction that only reads, and that sees one moment.
 
         Raises:
             StorageUnavailable: The database does not answer.

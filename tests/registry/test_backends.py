@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from datetime import timedelta
 
 import pytest
 from sqlalchemy import text
 
-from registry import Conflict, CorruptObject, NotFound, Query, Registry
+from registry import Conflict, CorruptObject, NotFound, Query, Registry, catalog
 from registry.blobs import blob_key
 from tests.registry.capsules import capsule
 from tests.registry.conftest import Backend
@@ -29,6 +30,19 @@ def test_round_of_a_version(registry: Registry) -> None:
     assert registry.restore("tower", 2) == registry.resolve("tower@2")
     assert [move.action for move in registry.history("tower")] == ["publish", "publish", "rollback"]
     assert registry.verify() == []
+
+
+def test_what_is_read_together_is_of_one_moment(registry: Registry, backend: Backend) -> None:
+    """What others publish meanwhile shows in the next transaction, so that no export is torn."""
+    registry.publish(capsule(seed=0))
+    with closing(backend.open()) as other, registry.database.reading() as connection:
+        scene = catalog.find_scene(connection, "tower")
+        other.publish(capsule(seed=1))
+        versions = catalog.list_versions(connection, "tower", before=None, limit=9, retired=True)
+        assert (scene.latest, [version.number for version in versions]) == (1, [1])
+        assert catalog.find_scene(connection, "tower") == scene
+        assert len(catalog.list_moves(connection, "tower", "live")) == 1
+    assert registry.scene("tower").latest == 2
 
 
 def test_round_of_a_sweep(registry: Registry, backend: Backend) -> None:
