@@ -101,11 +101,14 @@ def step_back(connection: Connection, scene_id: int, scene: str, alias: str) -> 
     """The latest move that can be taken back: its id, and the number the alias had before it.
 
     Moves that an earlier rollback took back are passed over, so that repeated rollbacks go
-    further back; so are moves away from versions that were retired since.
+    further back; so are moves away from versions that were retired since, and then those away
+    from where the alias is now.
 
     Raises:
         NotFound: The alias never pointed anywhere else.
     """
+    here = (aliases.c.scene_id == scene_id) & (aliases.c.name == alias)
+    present = select(aliases.c.number).where(here).scalar_subquery()
     rollbacks = alias_moves.alias("rollbacks")
     taken_back = (
         select(rollbacks.c.id)
@@ -128,6 +131,7 @@ def step_back(connection: Connection, scene_id: int, scene: str, alias: str) -> 
             alias_moves.c.scene_id == scene_id,
             alias_moves.c.alias == alias,
             alias_moves.c.undoes.is_(None),
+            alias_moves.c.previous != present,
             versions.c.retired.is_(None),
             ~taken_back,
         )

@@ -142,6 +142,16 @@ def test_rollback_passes_over_retired_versions(registry: Registry) -> None:
     assert registry.rollback("tower").number == 1
 
 
+def test_rollback_never_stays_where_it_is(registry: Registry) -> None:
+    """Behind a move away from a retired version lies one that leads to where the alias is."""
+    publish(registry, 3)
+    registry.set_alias("tower", "live", 2)
+    registry.retire("tower", 3)
+    assert registry.rollback("tower").number == 1
+    with pytest.raises(NotFound, match="no earlier version to go back to"):
+        registry.rollback("tower")
+
+
 def memory_registry() -> Registry:
     """A registry without files, quick enough to make hundreds of."""
     database = Database("sqlite://")
