@@ -7,7 +7,8 @@ may be killed at any moment is safe because of the order:
 1. The row says that the bytes are given up, in a transaction of its own that holds the row.
 2. Then the bytes are removed, the row held again; whoever publishes the same bytes holds it too,
    sees that they were given up, and stores them once more before the transaction ends.
-3. Then the row says that they are removed. Without it, the next sweep removes them again.
+3. Then the row says that they are removed. Without it, the next sweep removes them again; as it
+   does where the store has them although the row says so.
 """
 
 from __future__ import annotations
@@ -41,16 +42,18 @@ class Broom:
     def sweep(self, grace: timedelta, *, dry_run: bool) -> Sweep:
         """See `Registry.sweep`."""
         before = self.at - grace
-        marked = self._mark_strangers(dry_run) + self._mark(dry_run)
+        strangers, returned = self._look_through(dry_run)
+        marked = strangers + self._mark(dry_run)
         spared = self._spare(dry_run)
         if dry_run:
-            doomed = self._doomed(before)
+            doomed = self._doomed(before) + returned
             doomed += [digest for digest in marked if before >= self.at]
             torn = self.store.torn(before)
         else:
             for digest in self._doomed(before):
                 self._give_up(digest, before)
-            doomed = [digest for digest in self._given_up() if self.remove(digest)]
+            left = {*self._given_up(), *returned}
+            doomed = [digest for digest in left if self.remove(digest)]
             torn = self.store.remove_torn(before)
         sizes = self._sizes(doomed)
         return Sweep(
@@ -66,7 +69,7 @@ class Broom:
         """Remove given-up bytes from the store; False where someone stored them again."""
         with self.database.writing() as connection:
             row = lock_blob(connection, digest)
-            if row.given_up is None or row.removed is not None:
+            if row.given_up is None:
                 return False
             self.store.delete(digest)
             connection.execute(
@@ -74,23 +77,35 @@ class Broom:
             )
         return True
 
-    def _mark_strangers(self, dry_run: bool) -> list[str]:
-        """Give a marked row to bytes without one: their publisher died, or is about to commit."""
-        found = []
+    def _look_through(self, dry_run: bool) -> tuple[list[str], list[str]]:
+        """Find the bytes in the store that no sweep counts with.
+
+        Returns:
+            Bytes without a row, which get a marked one: their publisher died, or is about to
+            commit. And bytes that were removed and are back: their publisher was refused.
+        """
+        strangers: list[str] = []
+        returned: list[str] = []
         for page in _pages(self.store.digests(), BATCH):
+            found = select(blobs.c.digest, blobs.c.removed).where(blobs.c.digest.in_(page))
             with self.database.reading() as connection:
-                known = select(blobs.c.digest).where(blobs.c.digest.in_(page))
-                strangers = sorted(set(page) - set(connection.execute(known).scalars()))
-            if strangers and not dry_run:
-                rows = [
-                    {"digest": digest, "tensor_digest": "", "size_bytes": 0}
-                    | {"stored": self.at, "marked": self.at}
-                    for digest in strangers
-                ]
-                with self.database.writing() as connection:
-                    insert_if_new(connection, blobs, rows)
-            found += strangers
-        return found
+                removed = {row.digest: row.removed for row in connection.execute(found)}
+            fresh = sorted(set(page) - set(removed))
+            if fresh and not dry_run:
+                self._adopt(fresh)
+            strangers += fresh
+            returned += [digest for digest in page if removed.get(digest) is not None]
+        return strangers, returned
+
+    def _adopt(self, digests: list[str]) -> None:
+        """Give a marked row to bytes without one."""
+        rows = [
+            {"digest": digest, "tensor_digest": "", "size_bytes": 0}
+            | {"stored": self.at, "marked": self.at}
+            for digest in digests
+        ]
+        with self.database.writing() as connection:
+            insert_if_new(connection, blobs, rows)
 
     def _mark(self, dry_run: bool) -> list[str]:
         fresh = blobs.c.marked.is_(None) & blobs.c.given_up.is_(None)

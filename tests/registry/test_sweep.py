@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -44,9 +44,17 @@ class Clock:
 
 
 class Objects(MemoryObjects):
-    """A store that can be told to refuse deletions."""
+    """A store that can be told to refuse deletions, and what happens before it is read next."""
 
     broken = False
+    before_get: Callable[[], object] | None = None
+
+    def get(self, key: str) -> bytes | None:
+        """See ObjectStore."""
+        happen, self.before_get = self.before_get, None
+        if happen is not None:
+            happen()
+        return super().get(key)
 
     def delete(self, key: str) -> None:
         """See ObjectStore."""
@@ -200,6 +208,37 @@ def test_missing_bytes_do_not_stop_a_sweep(shop: Shop) -> None:
     digest = shop.retired()
     del shop.objects.objects[blob_key(digest)]
     assert shop.registry.sweep(grace=timedelta(0)).removed == (digest,)
+
+
+def test_bytes_that_came_back_after_their_removal_are_removed_again(shop: Shop) -> None:
+    """A publisher stored them and was refused: by a guard, or by an erasure that came between."""
+    swept = shop.retired()
+    shop.registry.sweep(grace=timedelta(0))
+    shop.registry.protect("kept")
+    with pytest.raises(Protected):
+        shop.registry.publish(capsule(), scene="kept")
+    erased = shop.registry.publish(capsule("bridge", 1)).digest
+    shop.objects.before_get = lambda: shop.registry.erase("bridge", reason="asked")
+    with pytest.raises(Conflict, match="was erased"):
+        shop.registry.publish(capsule("bridge", 1))
+    assert set(shop.objects.objects) >= {blob_key(swept), blob_key(erased)}
+    told = shop.registry.sweep(grace=HOUR, dry_run=True)
+    assert set(shop.objects.objects) >= {blob_key(swept), blob_key(erased)}
+    done = shop.registry.sweep(grace=HOUR)
+    assert told.removed == done.removed == tuple(sorted([swept, erased]))
+    assert set(shop.objects.objects).isdisjoint({blob_key(swept), blob_key(erased)})
+    assert shop.registry.sweep(grace=HOUR).removed == ()
+
+
+def test_erasure_removes_bytes_that_came_back_too(shop: Shop) -> None:
+    """Those of a version that was swept, and that a refused publisher had stored again."""
+    digest = shop.retired()
+    shop.registry.sweep(grace=timedelta(0))
+    shop.registry.protect("kept")
+    with pytest.raises(Protected):
+        shop.registry.publish(capsule(), scene="kept")
+    assert shop.registry.erase("tower", reason="asked").removed == (digest,)
+    assert blob_key(digest) not in shop.objects.objects
 
 
 class SweepingObjects(MemoryObjects):
