@@ -16,6 +16,7 @@ import tarfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -195,10 +196,16 @@ class TarExport:
         except KeyError:
             return None
 
+    @cached_property
+    def _members(self) -> dict[str, tarfile.TarInfo]:
+        """Where each member lies; of equal names the last, as tar has it."""
+        with tarfile.open(self._file, "r:") as tar:
+            return {member.name: member for member in tar.getmembers()}
+
     def _member(self, name: str, max_bytes: int) -> bytes:
         try:
+            member = self._members[name]
             with tarfile.open(self._file, "r:") as tar:
-                member = tar.getmember(name)
                 opened = tar.extractfile(member) if member.isreg() else None
                 if opened is None or member.size > max_bytes:
                     raise KeyError(name)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import cProfile
+import hashlib
 import json
 import tarfile
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,7 +23,8 @@ from registry import (
     Registry,
 )
 from registry.blobs import blob_key
-from registry.manifest import MANIFEST, SceneEntry, Source, open_export
+from registry.exports import tar_writer
+from registry.manifest import MANIFEST, SceneEntry, Source, TarExport, open_export
 from registry.source import RegistrySource
 from registry.transfer import Transfer, export_scenes, import_scenes
 from tests.registry.capsules import capsule
@@ -252,6 +256,27 @@ def test_equal_exports_have_equal_tars(full: Registry, tmp_path: Path) -> None:
         assert one.getnames() == two.getnames()
         assert {member.mtime for member in one.getmembers()} == {0}
     assert sorted(path.name for path in tmp_path.glob(".*")) == []
+
+
+def calls_to_read(file: Path, count: int) -> int:
+    """How many calls of functions it takes to read a tar of so many capsules without signatures."""
+    blobs = [str(k).encode() for k in range(count)]
+    digests = [hashlib.sha256(blob).hexdigest() for blob in blobs]
+    with tar_writer(file) as write:
+        for blob, digest in zip(blobs, digests, strict=True):
+            write(blob_key(digest), partial(bytes, blob))
+    source, profile = TarExport(file), cProfile.Profile()
+    profile.enable()
+    read = [(source.read(digest), source.signature(digest)) for digest in digests]
+    profile.disable()
+    assert read == [(blob, None) for blob in blobs]
+    return sum(entry.callcount for entry in profile.getstats())
+
+
+def test_a_tar_of_many_versions_is_read_in_proportion(tmp_path: Path) -> None:
+    """Four times as many take four times the work: it is not searched again for each."""
+    few, many = (calls_to_read(tmp_path / f"{count}.tar", count) for count in (20, 80))
+    assert many < 5 * few
 
 
 def edit(folder: Path, change: Callable[[dict[str, object]], object]) -> None:
