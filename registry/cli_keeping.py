@@ -68,10 +68,8 @@ def tag(
     """Set tags and metrics of the version REFERENCE, such as tower@3."""
     scene, number = numbered(reference)
     changes: dict[str, str | None] = {**pairs(labels, "the tag"), **dict.fromkeys(removed)}
-    registry = address.open()
-    version = registry.tag(scene, number, changes, by=by)
-    if metrics:
-        version = registry.measure(scene, number, numbers(metrics, "--metric"), by=by)
+    measured = numbers(metrics, "--metric")
+    version = address.open().tag(scene, number, changes, metrics=measured, by=by)
     tables.print_done(version, as_json, "Labelled")
 
 

@@ -35,15 +35,25 @@ class Keeper(Reader):
     """Labels, leases and everything that removes."""
 
     def tag(
-        self, scene: str, number: int, tags: Mapping[str, str | None], *, by: str | None = None
+        self,
+        scene: str,
+        number: int,
+        tags: Mapping[str, str | None],
+        *,
+        metrics: Mapping[str, float] | None = None,
+        by: str | None = None,
     ) -> Version:
-        """Set tags of a version; None as a value removes the tag.
+        """Set tags of a version, and metrics with them or not at all.
+
+        Args:
+            tags: By key; None as a value removes the tag.
+            metrics: As `measure` sets them.
 
         Raises:
             InvalidReference: A key or a value is not allowed.
             NotFound: There is no such version.
         """
-        return self._label(scene, number, check_tags(tags), {}, by)
+        return self._label(scene, number, check_tags(tags), check_metrics(metrics or {}), by)
 
     def measure(
         self, scene: str, number: int, metrics: Mapping[str, float], *, by: str | None = None

@@ -205,6 +205,18 @@ def test_labels_guards_and_removal(files: list[str]) -> None:
     assert "was erased on" in run("show", "tower").stderr
 
 
+@pytest.mark.parametrize(
+    ("metric", "sentence"), [("psnr=abc", "is no number"), ("psnr=inf", "only finite numbers")]
+)
+def test_labels_are_set_together_or_not_at_all(
+    files: list[str], metric: str, sentence: str
+) -> None:
+    """A metric that is refused takes the tags before it along."""
+    done = run("tag", "tower@1", "light=dawn", "--metric", metric)
+    assert (done.exit_code, sentence in done.stderr) == (2, True)
+    assert run_json("show", "tower@1")["tags"] == {}
+
+
 def test_scenes_travel(files: list[str], tmp_path: Path) -> None:
     """Export, import under another name, copy."""
     assert run_json("export", "out.tar")[0]["versions"] == 1
