@@ -74,7 +74,11 @@ def address_of(url: str) -> str:
     Raises:
         InvalidReference: It is no address of a web server, or too long.
     """
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        # Such as a bracket that is not closed: as wrong as no address at all.
+        parts = urlsplit("")
     host = parts.netloc.rpartition("@")[2].lower()
     address = f"{parts.scheme}://{host}{parts.path or '/'}"
     if parts.scheme not in ("http", "https") or not parts.hostname or len(address) > ADDRESS_LENGTH:

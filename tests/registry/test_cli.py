@@ -127,6 +127,7 @@ def test_verify_exits_1_on_faults(files: list[str], tmp_path: Path) -> None:
         (["fetch", "tower", "missing/directory/file"], "cannot be written"),
         (["--registry", "typo", "list"], "There is no registry at typo"),
         (["--registry", "s3://bucket", "list"], "set REALFILL_REGISTRY_DATABASE"),
+        (["deliver", "http://[::1/x"], "is no address"),
         (["publish", "missing.safetensors"], "does not exist"),
         (["alias", "tower", "live", "none"], "is not a valid integer"),
     ],

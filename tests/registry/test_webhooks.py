@@ -337,6 +337,7 @@ def test_pauses_double_up_to_a_bound() -> None:
     [
         (["ftp://host/x"], [SECRET], "is no address"),
         (["host/x"], [SECRET], "is no address"),
+        (["http://[::1/x"], [SECRET], "is no address"),
         (["http://host/" + "x" * 500], [SECRET], "at most 500 characters"),
         ([], [SECRET], "need an endpoint and a secret"),
         (["http://host"], [], "need an endpoint and a secret"),
