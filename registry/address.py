@@ -21,7 +21,7 @@ DATABASE_FILE = "registry.db"
 
 
 def locate(
-    place: str | Path | None, database: str | None, *, create: bool
+    place: str | Path | None, database: str | URL | None, *, create: bool
 ) -> tuple[Database, ObjectStore]:
     """The database and the store of an address, before the tables are looked at.
 
@@ -39,14 +39,19 @@ def locate(
             )
         return Database(url), open_bucket(place)
     folder = Path(place.removeprefix("file://"))
-    file = folder / DATABASE_FILE
-    if not create and not url and not file.is_file():
+    if not create and not url and not (folder / DATABASE_FILE).is_file():
         raise NotFound(
             f"There is no registry at {folder}: name its directory in {PLACE_VARIABLE} or with "
             "--registry, or publish a capsule to create it."
         )
     store = open_directory(folder)
-    return Database(url or URL.create("sqlite", database=str(file.resolve()))), store
+    return Database(url or own_database(folder)), store
+
+
+def own_database(folder: Path) -> URL:
+    """The file in the directory that holds the rows where no other database is named."""
+    # Written out, characters such as ? would be read as a part of the address.
+    return URL.create("sqlite", database=str((folder / DATABASE_FILE).resolve()))
 
 
 def locate_cache(folder: str | Path | None, max_bytes: int | None) -> Cache | None:

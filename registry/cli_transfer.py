@@ -9,8 +9,10 @@ from contextlib import closing
 from pathlib import Path
 
 import click
+from sqlalchemy.engine import URL
 
 from registry import deliveries, signing, tables
+from registry.address import own_database
 from registry.commands import (
     Address,
     Refused,
@@ -117,12 +119,10 @@ def copy(
     _print_transfers(done, as_json, f"to {target}")
 
 
-def _own_database(target: str) -> str:
+def _own_database(target: str) -> URL:
     if target.startswith("s3://"):
         raise Refused(f"The registry {target} needs a database: name it with --target-database.")
-    folder = Path(target.removeprefix("file://"))
-    folder.mkdir(parents=True, exist_ok=True)
-    return f"sqlite:///{(folder / 'registry.db').resolve()}"
+    return own_database(Path(target.removeprefix("file://")))
 
 
 def _print_transfers(done: list[Transfer], as_json: bool, where: str) -> None:

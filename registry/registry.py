@@ -15,6 +15,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from sqlalchemy.engine import URL
+
 from registry import catalog, ledger
 from registry.address import (
     CACHE_BYTES_VARIABLE,
@@ -60,7 +62,7 @@ class Registry(Keeper):
     def open(
         place: str | Path | None = None,
         *,
-        database: str | None = None,
+        database: str | URL | None = None,
         create: bool = True,
         cache: str | Path | None = None,
         cache_bytes: int | None = None,

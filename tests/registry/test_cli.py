@@ -231,6 +231,15 @@ def test_scenes_travel(files: list[str], tmp_path: Path) -> None:
     assert (done.exit_code, "--target-database" in done.stderr) == (2, True)
 
 
+def test_copies_go_to_places_with_odd_characters(files: list[str], tmp_path: Path) -> None:
+    """The path is not read as an address: rows and bytes lie in one folder."""
+    for name in ("a?b", "a%20b", "c#d"):
+        assert run_json("copy", name)[0]["versions"] == 1
+        assert (tmp_path / name / "registry.db").is_file()
+        assert run_json("--registry", name, "verify") == {"versions": 1, "faults": []}
+    assert not (tmp_path / "a").exists()
+
+
 def test_guarded_aliases_travel_by_override(files: list[str]) -> None:
     """Copying and importing ask for it, as promoting does."""
     run("copy", "other")
