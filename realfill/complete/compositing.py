@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from realfill.errors import InvalidScene
 from realfill.masks import dilate
-from realfill.photographs import to_pixels
+from realfill.photographs import MAX_PIXELS, to_pixels
 
 # Known pixels around the hole that the colour fit looks at, and the gains it may answer with.
 RING_PX = 16
@@ -132,7 +132,8 @@ def window_of(mask: Tensor, size_px: int) -> Window:
         size_px: Resolution of the base; the rim is at least an eighth of it, at most 16 px of it.
 
     Raises:
-        InvalidScene: The mask is empty.
+        InvalidScene: The mask is empty, or the window so much longer than the image is wide that a
+            strip of it would be too large.
     """
     rows, columns = _extents(mask)
     hole = max(rows[1] - rows[0], columns[1] - columns[0])
@@ -140,6 +141,12 @@ def window_of(mask: Tensor, size_px: int) -> Window:
     with_rim = -(-hole * size_px // (size_px - 2 * rim))  # rounded up
     height, width = mask.shape
     side = min(max(height, width), max(min(height, width), with_rim))
+    if side * size_px > MAX_PIXELS:
+        raise InvalidScene(
+            f"The hole in the image of {width}x{height} pixels needs a window of {side} pixels a "
+            f"side, and this base takes {MAX_PIXELS // size_px}: crop the image around the hole, "
+            "or scale it down."
+        )
     return Window(_start(rows, side, height), _start(columns, side, width), side)
 
 
@@ -177,7 +184,7 @@ def crop(image: Tensor, window: Window, size_px: int) -> Tensor:
     Returns:
         Pixels in [0, 1]. [3, size_px, size_px]
     """
-    return _shrink(_pixels(_cut(image, window)).unsqueeze(0), size_px)[0].clamp(0, 1)
+    return _seen(_pixels(_cut(image, window)), image, window, size_px).clamp(0, 1)
 
 
 def crop_mask(mask: Tensor, window: Window, size_px: int) -> Tensor:
@@ -194,39 +201,60 @@ def crop_mask(mask: Tensor, window: Window, size_px: int) -> Tensor:
     Returns:
         Mask of zeros and ones. [size_px, size_px]
     """
-    cut = _cut(mask[None], window)[0].float()
-    if not _is_inside(window, mask):
-        (rows, columns), (height, width) = _lines(mask, window), mask.shape
-        cut[(rows < 0) | (rows >= height)] = 1
-        cut[:, (columns < 0) | (columns >= width)] = 1
-    return (_shrink(cut[None, None], size_px)[0, 0] > 0).float()
+    seen = _seen(_cut(mask[None], window).float(), mask, window, size_px, beyond=1.0)[0]
+    return (seen > 0).float()
 
 
 def _cut(planes: Tensor, window: Window) -> Tensor:
-    """The window's part; beyond the planes their border repeats. [C, H, W] to [C, side, side]"""
-    if _is_inside(window, planes):
-        # What an index of every line would copy, twice.
-        across = slice(window.left, window.left + window.side)
-        return planes[:, window.top : window.top + window.side, across]
-    (rows, columns), (height, width) = _lines(planes, window), planes.shape[-2:]
-    return planes[:, rows.clamp(0, height - 1)][:, :, columns.clamp(0, width - 1)]
+    """What there is of the window, at least a line of each border. [C, H, W] to [C, h, w]"""
+    (top, bottom), (left, right) = _inside(planes, window)
+    return planes[:, top:bottom, left:right]
 
 
-def _is_inside(window: Window, image: Tensor) -> bool:
-    """Whether no part of the window lies beyond the image."""
+def _inside(image: Tensor, window: Window) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Rows and columns of the window that are in the image, at least the nearest one."""
     height, width = image.shape[-2:]
-    return 0 <= window.top <= height - window.side and 0 <= window.left <= width - window.side
+    return _clipped(window.top, window.side, height), _clipped(window.left, window.side, width)
 
 
-def _lines(image: Tensor, window: Window) -> tuple[Tensor, Tensor]:
-    """Row and column numbers of the window, some perhaps beyond the image."""
-    line = torch.arange(window.side, device=image.device)
-    return line + window.top, line + window.left
+def _clipped(start: int, side: int, length: int) -> tuple[int, int]:
+    return min(max(start, 0), length - 1), min(max(start + side, 1), length)
 
 
-def _shrink(planes: Tensor, size_px: int) -> Tensor:
-    """Antialiased bilinear resize: its weights are never negative. [N, C, size_px, size_px]"""
-    return F.interpolate(planes, (size_px, size_px), mode="bilinear", antialias=True)
+def _seen(
+    cut: Tensor, image: Tensor, window: Window, size_px: int, beyond: float | None = None
+) -> Tensor:
+    """The window of an image, shrunk.
+
+    Of a long image the window is much larger than what there is of it: one axis after the other,
+    the one that reaches beyond the image last, nothing ever has as many pixels as the window.
+
+    Args:
+        cut: What there is of it. [C, h, w]
+        beyond: What lies beyond the image; None for its border, repeated.
+
+    Returns:
+        [C, size_px, size_px]
+    """
+    if cut.shape[-2:] == (window.side, window.side):
+        return _shrink(cut, size_px, size_px)
+    starts = {-1: window.left, -2: window.top}
+    for axis in sorted(starts, key=lambda axis: (cut.shape[axis] < window.side, -axis)):
+        length = image.shape[axis]
+        line = torch.arange(window.side, device=cut.device) + starts[axis]
+        first, _ = _clipped(starts[axis], window.side, length)
+        cut = cut.index_select(axis, line.clamp(0, length - 1) - first)
+        if beyond is not None:
+            outside = ((line < 0) | (line >= length)).nonzero()[:, 0]
+            cut = cut.index_fill(axis, outside, beyond)
+        rows, columns = cut.shape[-2:]
+        cut = _shrink(cut, *((rows, size_px) if axis == -1 else (size_px, columns)))
+    return cut
+
+
+def _shrink(planes: Tensor, rows: int, columns: int) -> Tensor:
+    """Antialiased bilinear resize: its weights are never negative. [C, rows, columns]"""
+    return F.interpolate(planes[None], (rows, columns), mode="bilinear", antialias=True)[0]
 
 
 def paste(
@@ -308,9 +336,9 @@ class Patch:
             [N, 3, h, w]
         """
         window = self.window
-        native = _resize_samples(samples, window.side)
-        native = native[..., self.rows.start - window.top : self.rows.stop - window.top, :]
-        native = native[..., self.columns.start - window.left : self.columns.stop - window.left]
+        rows = slice(self.rows.start - window.top, self.rows.stop - window.top)
+        columns = slice(self.columns.start - window.left, self.columns.stop - window.left)
+        native = _resized_part(samples, window.side, rows, columns)
         part = _pixels(target[:, self.rows, self.columns])
         if self.ring is not None:
             native = _match_colour(native, part, self.ring.to(samples.dtype))
@@ -322,12 +350,32 @@ def _pixels(image: Tensor) -> Tensor:
     return to_pixels(image) if image.dtype == torch.uint8 else image
 
 
-def _resize_samples(samples: Tensor, side: int) -> Tensor:
-    """Antialiased bicubic resize, back within [0, 1]. [N, 3, side, side]"""
-    if samples.shape[-1] == side:
-        return samples
-    resized = F.interpolate(samples, (side, side), mode="bicubic", antialias=True)
-    return resized.clamp(0, 1)
+def _resized_part(samples: Tensor, side: int, rows: slice, columns: slice) -> Tensor:
+    """A part of samples after an antialiased bicubic resize to a side, within [0, 1].
+
+    One axis after the other, that of which less is wanted first: a part of a long image has far
+    fewer pixels than the square.
+
+    Returns:
+        [N, 3, h, w]
+    """
+    size = samples.shape[-1]
+    if size == side:
+        return samples[..., rows, columns]
+    for axis in sorted((-1, -2), key=lambda axis: _length(columns if axis == -1 else rows)):
+        if axis == -1:
+            samples = _grow(samples, samples.shape[-2], side)[..., columns]
+        else:
+            samples = _grow(samples, side, samples.shape[-1])[..., rows, :]
+    return samples.clamp(0, 1)
+
+
+def _length(part: slice) -> int:
+    return int(part.stop - part.start)
+
+
+def _grow(samples: Tensor, rows: int, columns: int) -> Tensor:
+    return F.interpolate(samples, (rows, columns), mode="bicubic", antialias=True)
 
 
 def _span(

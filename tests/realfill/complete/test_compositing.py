@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn import functional as F
 
 from realfill.complete.compositing import (
     Patch,
@@ -299,3 +303,58 @@ def test_paste_refuses_a_window_that_misses_the_hole() -> None:
     mask[10:20, 40:60] = 1
     with pytest.raises(InvalidScene, match=r"0 to 32 of 64, the hole 40 to 60.*window_of"):
         paste(torch.ones(1, 3, 32, 32), Window(0, 0, 32), torch.zeros(3, 32, 64), mask, 4)
+
+
+@pytest.mark.parametrize(("height", "width"), [(500, 741), (741, 500), (60, 400), (400, 60)])
+def test_windows_beyond_the_image_are_as_of_the_whole_square(height: int, width: int) -> None:
+    """What is cut and resized axis by axis is what the square would give, written out."""
+    mask = torch.zeros(height, width)
+    mask[height // 8 : -height // 8, width // 8 : -width // 8] = 1
+    window = window_of(mask, 64)
+    target, samples = _images(4, 1, height, width)[0], _images(5, 2, 64, 64)
+    assert window.side > min(height, width)
+    rows = torch.arange(window.side) + window.top
+    columns = torch.arange(window.side) + window.left
+    square = target[:, rows.clamp(0, height - 1)][:, :, columns.clamp(0, width - 1)]
+    missing = mask[rows.clamp(0, height - 1)][:, columns.clamp(0, width - 1)]
+    missing[(rows < 0) | (rows >= height)] = 1
+    missing[:, (columns < 0) | (columns >= width)] = 1
+    small = {"size": (64, 64), "mode": "bilinear", "antialias": True}
+    torch.testing.assert_close(crop(target, window, 64), F.interpolate(square[None], **small)[0])
+    shrunk = F.interpolate(missing[None, None], **small)[0, 0]
+    assert torch.equal(crop_mask(mask, window, 64), (shrunk > 0).float())
+    large = F.interpolate(samples, (window.side,) * 2, mode="bicubic", antialias=True).clamp(0, 1)
+    there = torch.zeros(2, 3, height, width)
+    inside = [
+        ((line >= 0) & (line < end)).nonzero()[:, 0]
+        for line, end in ((rows, height), (columns, width))
+    ]
+    there[:, :, rows[inside[0]][:, None], columns[inside[1]]] = large[
+        :, :, inside[0][:, None], inside[1]
+    ]
+    pasted = paste(samples, window, target, mask, 0)
+    torch.testing.assert_close(pasted, torch.where(mask > 0, there, target))
+
+
+def test_a_long_image_takes_no_more_memory_than_it_has_pixels() -> None:
+    """The square of a strip of 8000x30 would have 64 million pixels, 768 MB in colour."""
+    code = (
+        "import resource, torch\n"
+        "from realfill.complete.compositing import Patch, crop, crop_mask, window_of\n"
+        "mask = torch.zeros(30, 8000); mask[5:25, 100:7900] = 1\n"
+        "image, window = torch.rand(3, 30, 8000), window_of(mask, 128)\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "crop(image, window, 128), crop_mask(mask, window, 128)\n"
+        "Patch.around(window, mask, 8).of(torch.rand(4, 3, 128, 128), image)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
+    )
+    told = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert int(told.stdout) < 150_000
+
+
+def test_a_thread_of_pixels_is_refused() -> None:
+    """A window of a million pixels a side would be too large in one direction alone."""
+    mask = torch.zeros(16, 1_000_000)
+    mask[:, 10:-10] = 1
+    with pytest.raises(InvalidScene, match=r"1000000x16 pixels needs a window .*: crop the image"):
+        window_of(mask, 128)
