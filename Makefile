@@ -43,7 +43,7 @@ check: $(STAMP) ## lint, format, types, import rules, forbidden packages
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test: $(STAMP) ## run the tests on all cores, without the slow ones and those that need a GPU
+test: $(STAMP) ## run the tests on up to four cores, without the slow ones and those that need a GPU
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 # Status 5 says that no test carries the marker.
@@ -114,7 +114,8 @@ targets: $(STAMP) ## print the targets that are missed or not yet measured
 lock: $(STAMP) ## pin what is installed: constraints.txt and requirements.txt
 	$(BIN)/python .ci/lock.py
 
-clean: ## remove what commands wrote, except .venv, registries and what took hours to train
-	rm -rf build dist demo-out load-out soak-out quality-out .mypy_cache .ruff_cache .pytest_cache .hypothesis \
+clean: ## remove what commands wrote, the demo's registry too, but neither .venv nor what took hours to train
+	rm -rf dist demo-out load-out soak-out quality-out .mypy_cache .ruff_cache .pytest_cache .hypothesis \
 		.import_linter_cache *.egg-info
+	test ! -d build || find build -mindepth 1 -maxdepth 1 -not -name nano -exec rm -rf {} +
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +

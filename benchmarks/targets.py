@@ -48,6 +48,7 @@ TARGETS: dict[str, Target] = {
     "registry.resolve.p95_ms": Target(20, "ms", "lower"),
     "rank.ratio_kornia": Target(5, "x"),
     "rank.ratio_kornia.cuda": Target(5, "x"),
+    "rank.16x3_ms.cuda": Target(60, "ms", "lower"),
     "rank.motorcycle_precision": Target(0.7, "share"),
     "rank.top25_psnr_gain_db": Target(0, "dB"),
     "load.goodput_ratio_peer": Target(3, "x"),
@@ -55,5 +56,7 @@ TARGETS: dict[str, Target] = {
     "train.wall_ratio_unpooled": Target(2, "x"),
     "train.paper_s.cuda": Target(300, "s", "lower"),
     "e2e.p50_s.16x20.cuda": Target(0.8, "s", "lower"),
+    "e2e.ratio_batched.16x20.cuda": Target(2, "x"),
+    "e2e.ratio_infer.16x20.cuda": Target(100, "x"),
     "service.overhead_p50_ms": Target(15, "ms", "lower"),
 }

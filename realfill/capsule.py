@@ -1,4 +1,4 @@
-"""Capsules: one file per adapter, with everything that serving it needs (DESIGN.md, section 3)."""
+"""Capsules: one file per adapter, with everything that serving it needs (docs/capsule.md)."""
 
 from __future__ import annotations
 

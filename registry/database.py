@@ -56,6 +56,8 @@ class Database:
         self._one_writer: AbstractContextManager[Any] = (
             threading.Lock() if sqlite else nullcontext()
         )
+        in_file = sqlite and self._engine.url.database not in (None, "", ":memory:")
+        self._watch = _Watch(self._engine) if in_file else None
 
     @property
     def place(self) -> str:
@@ -138,6 +140,8 @@ class Database:
 
     @contextmanager
     def _translated(self) -> Iterator[None]:
+        if self._watch is not None:
+            self._watch.look()
         try:
             yield
         except (DBAPIError, PoolTimeout) as error:
@@ -197,6 +201,47 @@ def _create_engine(url: str | URL) -> Engine:
         event.listen(engine, "connect", _configure_sqlite)
         event.listen(engine, "begin", _begin_sqlite)
     return engine
+
+
+class _Watch:
+    """Notices that SQLite's file is another one, or gone: open, it goes on without a name.
+
+    What is written there then would be of use to nobody, while whoever opens the directory anew
+    sees other rows.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._file = Path(str(engine.url.database)).absolute()
+        self._known: tuple[int, int] | None = None
+        event.listen(engine, "connect", self._note)
+
+    def look(self) -> None:
+        """Before a connection is used.
+
+        Raises:
+            StorageUnavailable: The file is gone.
+        """
+        present = self._identity()
+        if self._known is None or self._known == present:
+            return
+        if present is None:
+            raise StorageUnavailable(
+                f"The registry's database {self._file} is gone, or its directory was moved: put it "
+                "back, or start again with the new place; nothing was changed."
+            )
+        self._engine.dispose()
+
+    def _note(self, *_: object) -> None:
+        self._known = self._identity()
+
+    def _identity(self) -> tuple[int, int] | None:
+        """Device and number of the file; None where there is none."""
+        try:
+            found = self._file.stat()
+        except OSError:
+            return None
+        return found.st_dev, found.st_ino
 
 
 def _configure_sqlite(connection: sqlite3.Connection, _record: object) -> None:
