@@ -10,6 +10,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
+import torch
+
 from service.engine.batcher import Batcher
 from service.engine.board import Board, forget_unnamed, tell_cancelled
 from service.engine.calibration import calibrate
@@ -143,7 +145,8 @@ class Lane:
             # Listeners hear of the last step before the answer is there.
             self._catch_up()
         decoded = self._decode_some()
-        return self._step(began) or decoded
+        looking = any(task.wants_look for task in self.board.running)
+        return self._step(began) or decoded or looking
 
     def _begin_jobs(self) -> None:
         """Let waiting jobs run, in their order, as far as samples and adapters have room."""
@@ -226,9 +229,13 @@ class Lane:
                 logger.warning("a judge failed, so all samples go on: %s", error)
             task.judged(None if error is not None else verdict.result())
         elif task.wants_look and halving is not None:
-            previews = self.runner.decode([sample.history for sample in task.samples])
-            task.verdict = self._judges.submit(halving.judge, previews)
-            task.verdict.add_done_callback(self.board.notify)
+            # A few in a turn, as pictures are: a large job's previews do not hold up the others.
+            waiting = task.samples[len(task.previews) :][:DECODED_AT_ONCE]
+            task.previews += self.runner.decode([sample.history for sample in waiting])
+            if len(task.previews) == len(task.samples):
+                previews, task.previews = torch.stack(task.previews), []
+                task.verdict = self._judges.submit(halving.judge, previews)
+                task.verdict.add_done_callback(self.board.notify)
 
     def _decode_some(self) -> bool:
         """Decode for about as long as a step takes, the earliest deadline first."""

@@ -27,6 +27,7 @@ class Task:
         images: Decoded samples by place.
         taken: Whether its adapter is pinned.
         overtaken: Jobs that began before it although they came later.
+        previews: Of the first of its samples, where they stand at a look.
         verdict: What a look at the samples will say; while it is awaited they stand still.
         looks: Steps after which samples still have to wait for a look.
         at_once: Samples that move together; fewer than all where a deadline leaves no time for all,
@@ -44,6 +45,7 @@ class Task:
     images: dict[int, Tensor] = field(default_factory=dict)
     taken: bool = False
     overtaken: int = 0
+    previews: list[Tensor] = field(default_factory=list)
     verdict: Future[Tensor] | None = None
     looks: list[int] = field(default_factory=list)
     at_once: int | None = None
@@ -147,7 +149,7 @@ class Task:
 
     def stop(self) -> None:
         """End with the samples that are finished."""
-        self.verdict = None
+        self.verdict, self.previews = None, []
         kept = [k for k, s in enumerate(self.samples) if s.finished]
         self.ended_early = self.ended_early or len(kept) < len(self.samples)
         self.samples = [self.samples[k] for k in kept]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -185,6 +186,39 @@ def test_others_go_on_while_a_judge_looks(base: Base) -> None:
         assert not halved.done()
         other_ended.set()
         assert halved.result(WAIT_S).seeds == (1,)
+
+
+def test_previews_of_a_large_job_do_not_hold_up_the_others(
+    base: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A few are decoded at once, and others make steps between."""
+    told: list[str] = []
+    with Engine(base) as engine:
+        decode = engine.runner.decode
+
+        def noted(latents: Sequence[Tensor]) -> Tensor:
+            told.append(f"{len(latents)} pictures")
+            return decode(latents)
+
+        monkeypatch.setattr(engine.runner, "decode", noted)
+        blocker = Blocker(base)
+        blocker.submit(engine)
+        seeds = tuple(range(10))
+        halving = Halving(lambda previews: torch.arange(len(previews)).float(), looks=(0.5,))
+        halved = engine.submit(job_for(base, seeds=seeds, steps=4, halving=halving))
+        other = job_for(base, steps=40, on_step=lambda done, total: told.append("step"))
+        running = engine.submit(other)
+        blocker.release.set()
+        assert halved.result(WAIT_S).seeds == seeds[5:]
+        running.result(WAIT_S)
+    previews = [place for place, what in enumerate(told) if what in ("4 pictures", "2 pictures")]
+    # The blocker's two pictures came first.
+    first, second, third = previews[1:4]
+    assert [told[place] for place in (first, second, third)] == [
+        "4 pictures", "4 pictures", "2 pictures",
+    ]  # fmt: skip
+    assert "step" in told[first:second]
+    assert "step" in told[second:third]
 
 
 def test_a_job_that_draws_no_picture_fails_alone(base: Base) -> None:
