@@ -8,31 +8,37 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Annotated, Any, TypeVar
 
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Depends, Query
 from fastapi.responses import Response
 from starlette.requests import ClientDisconnect, Request
 
 from registry.errors import Conflict, InvalidReference
 from registry.records import Page, Version, check_alias
 from service.errors import Cancelled, InvalidQuery, UnsupportedMedia
-from service.forms import expected_version, media_type
+from service.forms import expected_version, media_type, no_query
 from service.middleware import record_of
 from service.road import Road
 from service.schemas import (
+    AliasFields,
     AliasTarget,
     AliasView,
     HistoryFields,
     MoveList,
     MoveView,
+    SceneFields,
     SceneList,
     SceneView,
     SearchFields,
+    VersionFields,
     VersionList,
     VersionPage,
     VersionView,
 )
 
 T = TypeVar("T")
+
+# Of every route without fields of a query string: a misspelt one must not pass for an absent one.
+NO_QUERY = [Depends(no_query)]
 
 
 class Catalogue:
@@ -42,23 +48,23 @@ class Catalogue:
         self.road = road
         self.pool = pool
 
-    async def scenes(self, after: str = "", limit: int = 100) -> SceneList:
+    async def scenes(self, fields: Annotated[SceneFields, Query()]) -> SceneList:
         """Scenes by name, from the one that follows ``after``."""
-        limit = _page(limit)
-        found = await self._in_thread(lambda: self.road.registry.scenes(after=after, limit=limit))
+        registry = self.road.registry
+        found = await self._in_thread(
+            lambda: registry.scenes(after=fields.after, limit=fields.limit)
+        )
         return SceneList(scenes=[SceneView.of(scene) for scene in found])
 
     async def scene(self, scene: str) -> SceneView:
         """One scene with its aliases."""
         return SceneView.of(await self._in_thread(lambda: self.road.registry.scene(scene)))
 
-    async def versions(
-        self, scene: str, before: int | None = None, limit: int = 100
-    ) -> VersionList:
+    async def versions(self, scene: str, fields: Annotated[VersionFields, Query()]) -> VersionList:
         """Versions of a scene, newest first, from the one below ``before``."""
-        limit = _page(limit)
+        registry = self.road.registry
         found = await self._in_thread(
-            lambda: self.road.registry.versions(scene, before=before, limit=limit)
+            lambda: registry.versions(scene, before=fields.before, limit=fields.limit)
         )
         return VersionList(versions=[VersionView.of(version) for version in found])
 
@@ -81,7 +87,9 @@ class Catalogue:
         moves = await self._in_thread(lambda: registry.history(scene, fields.alias))
         return MoveList(moves=[MoveView.of(move) for move in moves])
 
-    async def publish(self, scene: str, request: Request, alias: str = "live") -> Response:
+    async def publish(
+        self, scene: str, request: Request, fields: Annotated[AliasFields, Query()]
+    ) -> Response:
         """Publish a capsule, checked against the base, as the scene's next version."""
         kind = media_type(request)
         if kind not in ("application/octet-stream", "application/x-safetensors"):
@@ -96,7 +104,8 @@ class Catalogue:
 
         def store() -> VersionView:
             self.road.check(capsule)
-            version = self.road.registry.publish(capsule, scene=scene, alias=alias, by="http")
+            registry = self.road.registry
+            version = registry.publish(capsule, scene=scene, alias=fields.alias, by="http")
             return VersionView.of(version)
 
         view = await self._in_thread(store)
@@ -125,14 +134,16 @@ class Catalogue:
         version = await self._in_thread(lambda: self.road.registry.resolve(f"{scene}@{alias}"))
         return _alias_response(version, alias)
 
-    async def rollback(self, scene: str, request: Request, alias: str = "live") -> Response:
+    async def rollback(
+        self, scene: str, request: Request, fields: Annotated[AliasFields, Query()]
+    ) -> Response:
         """Point an alias back to the version it left; with If-Match only from the one named."""
         expect = expected_version(request.headers.get("if-match"))
         registry = self.road.registry
         version = await self._in_thread(
-            lambda: registry.rollback(scene, alias, expect=expect, by="http")
+            lambda: registry.rollback(scene, fields.alias, expect=expect, by="http")
         )
-        return _alias_response(version, alias)
+        return _alias_response(version, fields.alias)
 
     async def version(self, scene: str, number: int) -> Response:
         """One version; its ETag is the digest of its bytes."""
@@ -185,7 +196,9 @@ class Catalogue:
 def add_routes(router: APIRouter, catalogue: Catalogue) -> None:
     """Add the catalogue's routes to a router."""
     router.add_api_route("/v1/scenes", catalogue.scenes, methods=["GET"])
-    router.add_api_route("/v1/scenes/{scene}", catalogue.scene, methods=["GET"])
+    router.add_api_route(
+        "/v1/scenes/{scene}", catalogue.scene, methods=["GET"], dependencies=NO_QUERY
+    )
     router.add_api_route("/v1/scenes/{scene}/versions", catalogue.versions, methods=["GET"])
     router.add_api_route(
         "/v1/scenes/{scene}/versions",
@@ -201,12 +214,14 @@ def add_routes(router: APIRouter, catalogue: Catalogue) -> None:
         "/v1/scenes/{scene}/aliases/{alias}",
         catalogue.set_alias,
         methods=["PUT"],
+        dependencies=NO_QUERY,
         responses={200: {"model": AliasView}},
     )
     router.add_api_route(
         "/v1/scenes/{scene}/aliases/{alias}",
         catalogue.alias,
         methods=["GET"],
+        dependencies=NO_QUERY,
         responses={200: {"model": AliasView}},
     )
     router.add_api_route(
@@ -219,18 +234,26 @@ def add_routes(router: APIRouter, catalogue: Catalogue) -> None:
         "/v1/scenes/{scene}/versions/{number}",
         catalogue.version,
         methods=["GET"],
+        dependencies=NO_QUERY,
         responses={200: {"model": VersionView}},
     )
     router.add_api_route(
-        "/v1/scenes/{scene}/versions/{number}", catalogue.retire, methods=["DELETE"]
+        "/v1/scenes/{scene}/versions/{number}",
+        catalogue.retire,
+        methods=["DELETE"],
+        dependencies=NO_QUERY,
     )
     router.add_api_route(
-        "/v1/scenes/{scene}/versions/{number}/restore", catalogue.restore, methods=["POST"]
+        "/v1/scenes/{scene}/versions/{number}/restore",
+        catalogue.restore,
+        methods=["POST"],
+        dependencies=NO_QUERY,
     )
     router.add_api_route(
         "/v1/scenes/{scene}/versions/{number}/file",
         catalogue.file,
         methods=["GET"],
+        dependencies=NO_QUERY,
         responses={200: binary("application/octet-stream")},
     )
 
@@ -254,9 +277,3 @@ def _alias_response(version: Version, alias: str) -> Response:
     view = AliasView(scene=version.scene, alias=alias, version=version.number)
     headers = {"ETag": f'"{version.number}"'}
     return Response(view.model_dump_json(), media_type="application/json", headers=headers)
-
-
-def _page(limit: int) -> int:
-    if not 1 <= limit <= 1000:
-        raise InvalidQuery(f"The parameter 'limit' is {limit}: ask for 1 to 1000 rows a page.")
-    return limit

@@ -127,7 +127,8 @@ class Completions:
         except TimeoutError as error:
             raise self._too_slow() from error
         try:
-            ask = self._ask(scene, request, arrived, fields_of(form), *files_of(form))
+            fields = fields_of(form, request.query_params)
+            ask = self._ask(scene, request, arrived, fields, *files_of(form))
             self.gate.enter()
         except BaseException:
             await form.close()

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fastapi import HTTPException
 from pydantic import ValidationError
 from starlette.datastructures import FormData, UploadFile
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 
+from registry.records import MAX_NUMBER
 from service.errors import (
     Cancelled,
+    InvalidQuery,
     InvalidRequest,
     NotAcceptable,
     ServiceError,
@@ -22,6 +24,7 @@ from service.schemas import CompletionFields, ImageFormat
 
 JSON = "application/json"
 FILES = ("image", "mask")
+MAX_FIELDS, MAX_FIELD_BYTES = 32, 64 * 1024
 
 
 async def read_form(request: Request) -> FormData:
@@ -29,7 +32,7 @@ async def read_form(request: Request) -> FormData:
 
     Raises:
         UnsupportedMedia: The body is no multipart form.
-        InvalidRequest: The form is malformed or has too many parts.
+        InvalidRequest: The form is malformed, too large in parts, or not in the charset it states.
         Cancelled: The client went away before it had sent all.
     """
     kind = media_type(request)
@@ -39,11 +42,32 @@ async def read_form(request: Request) -> FormData:
             "files 'image' and 'mask', as `curl -F image=@target.png -F mask=@mask.png` does."
         )
     try:
-        return await request.form(max_files=8, max_fields=32, max_part_size=64 * 1024)
+        return await request.form(max_files=8, max_fields=MAX_FIELDS, max_part_size=MAX_FIELD_BYTES)
     except HTTPException as error:
-        raise InvalidRequest(f"The form cannot be read: {error.detail}") from error
+        raise _unreadable(error.detail[:1].lower() + error.detail[1:].rstrip(".")) from error
+    except UnicodeError as error:
+        raise _unreadable("its charset is not that of its text") from error
     except ClientDisconnect as error:
         raise Cancelled("The client left while it was sending.") from error
+
+
+def _unreadable(why: str) -> InvalidRequest:
+    return InvalidRequest(
+        f"The form cannot be read ({why}): let the client set Content-Type by itself, and send at "
+        f"most {MAX_FIELDS} fields of {MAX_FIELD_BYTES // 1024} KB."
+    )
+
+
+def no_query(request: Request) -> None:
+    """Let no parameter pass where a route reads none.
+
+    Raises:
+        InvalidQuery: There is one.
+    """
+    for name in request.query_params:
+        raise InvalidQuery(
+            f"The field 'query.{name}' is unknown: this route has no parameters; leave it out."
+        )
 
 
 def media_type(request: Request) -> str:
@@ -68,12 +92,17 @@ def files_of(form: FormData) -> tuple[UploadFile, UploadFile]:
     return found[0], found[1]
 
 
-def fields_of(form: FormData) -> CompletionFields:
+def fields_of(form: FormData, query: Mapping[str, str]) -> CompletionFields:
     """The text fields, strictly.
 
     Raises:
         InvalidRequest: A field is unknown, given twice, a file, or out of its range.
+        InvalidQuery: A field is in the query string.
     """
+    for name, given in query.items():
+        raise InvalidQuery(
+            f"The field {name!r} is in the query string: send it in the form, -F {name}={given}."
+        )
     texts: dict[str, str] = {}
     for name, value in form.multi_items():
         if name in FILES:
@@ -158,9 +187,9 @@ def expected_version(if_match: str | None) -> int | None:
     if if_match is None or if_match.strip() == "*":
         return None
     number = if_match.strip().strip('"')
-    if not number.isdecimal():
+    if not number.isdecimal() or len(number) > len(str(MAX_NUMBER)):
         raise InvalidRequest(
-            f"If-Match is {if_match!r}: send the number of the version that the alias points to "
-            'now, such as "3".'
+            f"If-Match is {if_match[:40]!r}: send the number of the version that the alias points "
+            'to now, such as "3".'
         )
     return int(number)

@@ -18,8 +18,14 @@ from realfill.errors import RealFillError
 from registry.errors import RegistryError
 from service.catalogue import Catalogue, add_routes, binary
 from service.completions import WORKERS, Completions, most_in_flight
-from service.errors import EngineClosed, InvalidQuery, QueueFull, ServiceError
-from service.forms import refusal
+from service.errors import (
+    EngineClosed,
+    InvalidQuery,
+    QueueFull,
+    ServiceError,
+    UnsupportedMedia,
+)
+from service.forms import media_type, refusal
 from service.metrics import Metrics
 from service.middleware import (
     LimitBody,
@@ -99,9 +105,16 @@ async def _on_error(request: Request, error: Exception) -> JSONResponse:
 async def _on_validation(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     faults = list(error.errors())
-    fault = refusal(faults)
-    of_query = faults[0]["loc"][0] == "query"
-    return await _on_error(request, InvalidQuery(str(fault)) if of_query else fault)
+    fault, place = refusal(faults), faults[0]["loc"]
+    if place[0] == "query":
+        fault = InvalidQuery(str(fault))
+    kind = media_type(request)
+    if place == ("body",) and not kind.endswith("json"):
+        fault = UnsupportedMedia(
+            f"The body is {kind or 'of no declared type'}: send JSON, and say so with "
+            "-H 'Content-Type: application/json'."
+        )
+    return await _on_error(request, fault)
 
 
 async def _on_http(request: Request, error: Exception) -> JSONResponse:

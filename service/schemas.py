@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from pydantic_core import PydanticCustomError
 
 from realfill.rank import Verdict
-from registry.records import AliasMove, Page, Scene, Version
+from registry.records import LIVE, MAX_NUMBER, AliasMove, Page, Scene, Version
 from registry.search import Query
 from service.settings import SamplerName
 
@@ -39,7 +39,11 @@ class CompletionFields(BaseModel):
     format: Annotated[ImageFormat | None, Field(description="Encoding of images.")] = None
     deadline_ms: Annotated[
         int | None,
-        Field(ge=1, description="Answer by then with the candidates that are finished."),
+        Field(
+            ge=1,
+            le=86_400_000,
+            description="Answer by then with the candidates that are finished; a day at most.",
+        ),
     ] = None
     evidence: Annotated[
         bool, Field(description="Draw the correspondences of the first `top` candidates, in JSON.")
@@ -88,6 +92,35 @@ class CompletionView(BaseModel):
     format: ImageFormat
     candidates: list[CandidateView]
     timings_ms: dict[str, float]
+
+
+class SceneFields(BaseModel):
+    """The query string of a page of scenes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    after: Annotated[str, Field(description="Name of the last scene of the page before.")] = ""
+    limit: Annotated[int, Field(ge=1, le=1000, description="Scenes of one page.")] = 100
+
+
+class VersionFields(BaseModel):
+    """The query string of a page of one scene's versions."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    before: Annotated[
+        int | None,
+        Field(ge=1, le=MAX_NUMBER, description="Number of the last version of the page before."),
+    ] = None
+    limit: Annotated[int, Field(ge=1, le=1000, description="Versions of one page.")] = 100
+
+
+class AliasFields(BaseModel):
+    """The query string of what moves an alias."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    alias: Annotated[str, Field(description="The alias that moves.")] = LIVE
 
 
 class SearchFields(BaseModel):

@@ -156,6 +156,37 @@ def test_a_search_that_cannot_be_read_is_refused(
     assert sentence in _refused(client.get(f"/v1/versions?{query}"), 400, "invalid_query")
 
 
+def test_an_unknown_parameter_is_refused_by_every_route(
+    client: TestClient, road: Road, capsules: list[bytes]
+) -> None:
+    """`alais=candidate` moves nothing, rather than live."""
+    before = road.registry.search()
+    bodies: dict[str, dict[str, Any]] = {
+        "put": {"json": {"version": 1}},
+        "post": {"content": capsules[0], "headers": {"Content-Type": "application/octet-stream"}},
+    }
+    paths = client.get("/openapi.json").json()["paths"]
+    paths = {path: methods for path, methods in paths.items() if path.startswith("/v1/")}
+    # Its fields are in a form, which is looked at first.
+    del paths["/v1/scenes/{scene}/complete"]
+    for path, methods in paths.items():
+        filled = path.format(scene="tower", number=1, alias="live")
+        for method in methods:
+            answer = client.request(method, f"{filled}?alais=next", **bodies.get(method, {}))
+            assert "'query.alais' is unknown" in _refused(answer, 400, "invalid_query")
+    assert len(paths) == 10
+    assert road.registry.search() == before
+
+
+@pytest.mark.parametrize("before", ["0", "-5", "1000000000", "9" * 23, "9" * 6000])
+def test_a_page_of_versions_begins_below_a_number_that_there_can_be(
+    client: TestClient, before: str
+) -> None:
+    """Neither everything, nor nothing, nor 500."""
+    answer = client.get(f"/v1/scenes/tower/versions?before={before}")
+    assert "'query.before' is" in _refused(answer, 400, "invalid_query")
+
+
 def test_a_history_tells_every_move(client: TestClient) -> None:
     """From, to, how and by whom, oldest first; of all aliases or of one."""
     client.post("/v1/scenes/tower/rollback")

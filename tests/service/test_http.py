@@ -120,6 +120,15 @@ def test_a_bad_alias_body_is_refused(client: TestClient, body: Any, sentence: st
     assert sentence in _refused(answer, 422, "invalid_request")
 
 
+@pytest.mark.parametrize("kind", ["application/x-www-form-urlencoded", ""])
+def test_json_of_another_declared_type_is_refused(client: TestClient, kind: str) -> None:
+    """As curl sends it unless told otherwise: 415 with the header that is wanted."""
+    answer = client.put(
+        "/v1/scenes/tower/aliases/live", content=b'{"version": 1}', headers={"Content-Type": kind}
+    )
+    assert "'Content-Type: application/json'" in _refused(answer, 415, "unsupported_media")
+
+
 def test_an_alias_to_an_unknown_version_is_not_found(
     client: TestClient, capsules: list[bytes]
 ) -> None:

@@ -71,6 +71,8 @@ def test_a_bomb_for_a_mask_is_refused_too(serve: Serve) -> None:
         ({"candidates": "2", "top": "3"}, "'top' is 3: ask for at most 2"),
         ({"sampler": "euler"}, "'sampler' is 'euler': input should be 'ddpm', 'ddim'"),
         ({"feather_px": "-3"}, "'feather_px' is '-3'"),
+        ({"deadline_ms": "1" * 320}, "'deadline_ms' is '111"),
+        ({"deadline_ms": "86400001"}, "should be less than or equal to 86400000"),
         ({"stepz": "20"}, "'stepz' is unknown: use image, mask, seed"),
         ({"seed": ["1", "2"]}, "'seed' is given twice"),
     ],
@@ -109,6 +111,35 @@ def test_a_torn_form_isrefused(serve: Serve) -> None:
         PATH, content=b"--x\r\nbroken", headers={"Content-Type": "multipart/form-data; boundary=x"}
     )
     refused(answer, 422, "invalid_request")
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "sentence"),
+    [
+        ("multipart/form-data", 0, "missing boundary in multipart"),
+        ("multipart/form-data; boundary=y", 0, "invalid multipart data"),
+        ("multipart/form-data; boundary=x; charset=punycode", 1, "its charset is not that"),
+        ("multipart/form-data; boundary=x; charset=undefined", 1, "its charset is not that"),
+        ("multipart/form-data; boundary=x", 33, "too many fields"),
+    ],
+)
+def test_an_unreadable_form_is_refused_with_the_remedy(
+    serve: Serve, kind: str, fields: int, sentence: str
+) -> None:
+    """422 as for other forms, and not the parser's bare words."""
+    part = b'--x\r\nContent-Disposition: form-data; name="f"\r\n\r\n\xff\xfe1\r\n'
+    answer = serve().post(
+        PATH, content=part * max(fields, 1) + b"--x--\r\n", headers={"Content-Type": kind}
+    )
+    message = refused(answer, 422, "invalid_request")
+    assert sentence in message
+    assert "let the client set Content-Type by itself, and send at most 32 fields" in message
+
+
+def test_fields_in_the_query_string_are_refused(serve: Serve) -> None:
+    """They would be ignored."""
+    answer = serve().post(f"{PATH}?candidates=16", files=uploads())
+    assert "-F candidates=16" in refused(answer, 400, "invalid_query")
 
 
 def test_an_unwritable_answer_isrefused(serve: Serve) -> None:
