@@ -17,7 +17,7 @@ from typing import Any
 import click
 
 from registry import Registry, RegistryError
-from service.client import DEFAULT_URL, Client, image_of
+from service.client import DEFAULT_TIMEOUT_S, DEFAULT_URL, Client, image_of
 from service.errors import ServiceError
 from service.settings import PREFIX, SamplerName, Settings, load_settings
 
@@ -173,20 +173,36 @@ def free_port(host: str) -> int:
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the evidence as JSON.")
 @click.option("--url", default=DEFAULT_URL, show_default=True, help="Where the service listens.")
+@click.option(
+    "--timeout",
+    type=click.IntRange(1, 86_400),
+    default=DEFAULT_TIMEOUT_S,
+    show_default=True,
+    help="Seconds to wait for the answer.",
+)
 @click.option("--seed", type=int, help="Seed of the first candidate.")
 @click.option("--candidates", type=int, help="Seeds to sample and rank.")
 @click.option("--steps", type=int, help="Denoising steps.")
 @click.option("--sampler", type=_SAMPLERS, help="Way from noise to image.")
 @click.option("--feather-px", type=int, help="Blend around the mask, in pixels.")
 def complete(
-    scene: str, image: Path, mask: Path, out: Path, as_json: bool, url: str, **fields: Any
+    scene: str,
+    image: Path,
+    mask: Path,
+    out: Path,
+    as_json: bool,
+    url: str,
+    timeout: int,
+    **fields: Any,
 ) -> None:
     """Complete IMAGE, whose hole is white in MASK, as a photo of SCENE."""
     image_format = _FORMATS.get(out.suffix.lower())
     if image_format is None:
         raise Refusal(f"--out is {out}: end its name in {', '.join(_FORMATS)}.")
+    if not _may_write(out):
+        raise Refusal(f"{out} cannot be written: create {out.parent}, or name another with --out.")
     try:
-        with Client(url) as client:
+        with Client(url, timeout_s=timeout) as client:
             answer = client.complete(scene, image, mask, top=1, format=image_format, **fields)
     except ServiceError as error:
         raise Refusal(str(error)) from error
@@ -204,3 +220,9 @@ def complete(
         f"{out}: {answer.scene} version {answer.version}, seed {best.seed}, {score}, best of "
         f"{len(answer.candidates)}, {answer.timings_ms['total'] / 1000:.2f} s"
     )
+
+
+def _may_write(file: Path) -> bool:
+    if os.access(file, os.F_OK):
+        return os.access(file, os.W_OK)
+    return file.parent.is_dir() and os.access(file.parent, os.W_OK)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,28 @@ def test_complete_without_a_service_says_how_to_start_one(pictures: list[str]) -
     ended = CliRunner().invoke(complete, ["tower", *pictures, "--url", "http://127.0.0.1:1"])
     assert ended.exit_code == 2
     assert "start it with `realfill serve`" in ended.output
+
+
+def test_complete_waits_as_long_as_it_is_told_to(pictures: list[str]) -> None:
+    """Here a second for one that never answers; how to wait longer is said."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        ended = CliRunner().invoke(complete, ["tower", *pictures, "--url", url, "--timeout", "1"])
+    assert ended.exit_code == 2
+    assert "gave no answer within 1 s: wait longer with --timeout" in ended.output
+
+
+@pytest.mark.parametrize("out", ["nowhere/best.png", "image.png/best.png"])
+def test_complete_refuses_a_place_that_cannot_be_written(
+    pictures: list[str], tmp_path: Path, out: str
+) -> None:
+    """Before anything is asked of a service: there is none here."""
+    place = tmp_path / out
+    ended = CliRunner().invoke(
+        complete, ["tower", *pictures, "--out", str(place), "--url", "http://127.0.0.1:1"]
+    )
+    assert ended.exit_code == 2
+    assert f"{place} cannot be written" in ended.output
 
 
 def test_complete_refuses_a_name_without_a_known_ending(pictures: list[str]) -> None:

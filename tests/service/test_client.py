@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import socket
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
@@ -111,6 +112,65 @@ def test_a_refusal_carries_the_services_sentence(client: Client) -> None:
     assert len(caught.value.request_id) == 32
 
 
+def test_names_go_into_the_path_whole(client: Client) -> None:
+    """Neither a # nor a slash leads to another scene, and what is no name is refused as such."""
+    client.publish("tower", tiny_capsule(tiny_base(), "tower", 1))
+    pictures = encoded(photo()), encoded(hole())
+    assert client.complete("tower@1", *pictures).version == 1
+    assert client.complete(f"sha256:{client.version('tower', 1).digest}", *pictures).version == 1
+    for scene in ("tower#x", "tower?x", "tower\n", "töwer", "tower\udcff"):
+        with pytest.raises(RequestRefused) as caught:
+            client.complete(scene, *pictures)
+        assert caught.value.refusal == "invalid_reference"
+    for call in (client.scene, client.versions, client.history, client.alias):
+        with pytest.raises(RequestRefused, match="There is no route"):
+            call("../scenes/tower")
+
+
+@pytest.fixture
+def silent() -> Iterator[str]:
+    """Where somebody listens who never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+def test_an_answer_that_takes_too_long_is_told_from_none(silent: str) -> None:
+    """The service is there: starting another would not help."""
+    with (
+        Client(silent, timeout_s=0.1) as client,
+        pytest.raises(ServiceUnreachable, match=r"gave no answer within 0\.1 s: wait longer"),
+    ):
+        client.scenes()
+
+
+@pytest.mark.parametrize("proxy", ["http://127.0.0.1:1", "socks5h://127.0.0.1:1"])
+def test_this_machine_is_asked_without_proxies(
+    silent: str, proxy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They cannot reach it: what is asked arrives at the port itself."""
+    for name in ("ALL_PROXY", "HTTP_PROXY"):
+        monkeypatch.setenv(name, proxy)
+    with (
+        Client(silent, timeout_s=0.1) as client,
+        pytest.raises(ServiceUnreachable, match="gave no answer within"),
+    ):
+        client.scenes()
+
+
+@pytest.mark.parametrize("url", ["http://[::1", "http://example.org:port"])
+def test_an_address_that_is_none_is_refused(url: str) -> None:
+    """In one sentence, as a proxy that cannot be used."""
+    with pytest.raises(ServiceUnreachable, match="check the address and the proxies"):
+        Client(url)
+
+
+def test_a_proxy_that_cannot_be_used_is_said_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SOCKS, for which there is no package here."""
+    monkeypatch.setenv("ALL_PROXY", "socks5h://127.0.0.1:1")
+    with pytest.raises(ServiceUnreachable, match="check the address and the proxies"):
+        Client("http://example.org")
+
+
 def test_no_service_is_said_so() -> None:
     """With the remedy."""
 
@@ -128,3 +188,14 @@ def test_another_service_is_recognised() -> None:
     transport = httpx.MockTransport(lambda request: httpx.Response(502, text="Bad Gateway"))
     with Client(transport=transport) as client, pytest.raises(ServiceUnreachable, match="502"):
         client.scenes()
+
+
+@pytest.mark.parametrize("call", [Client.scenes, Client.search])
+def test_another_services_success_is_recognised(call: Callable[[Client], object]) -> None:
+    """A page for people, where JSON of ours was asked for."""
+    transport = httpx.MockTransport(lambda request: httpx.Response(200, text="<html></html>"))
+    with (
+        Client(transport=transport) as client,
+        pytest.raises(ServiceUnreachable, match="answered 200 in another shape"),
+    ):
+        call(client)
