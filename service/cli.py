@@ -17,6 +17,7 @@ from typing import Any
 import click
 
 from registry import Registry, RegistryError
+from registry.address import CACHE_VARIABLE
 from service.client import DEFAULT_TIMEOUT_S, DEFAULT_URL, Client, image_of
 from service.errors import ServiceError
 from service.settings import PREFIX, SamplerName, Settings, load_settings
@@ -24,6 +25,9 @@ from service.settings import PREFIX, SamplerName, Settings, load_settings
 # Above the service's own request limit, so that requests in flight are answered first.
 _GRACE_S = 10.0
 _FORMATS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
+# What may stand before the weights of a matcher, and names that no file beside them takes over.
+_PROGRAMS = ("torch", "onnx", "efficientloftr")
+_NAMES = ("nano", "sd2-random", "outdoor", "sift", "none", "efficientloftr", "")
 _SAMPLERS = click.Choice(SamplerName.__args__)  # type: ignore[attr-defined]
 
 
@@ -78,15 +82,42 @@ LIBRARIES = {
 def environment_of(settings: Settings) -> dict[str, str]:
     """The settings as variables, paths made absolute since the service has another folder."""
     values: dict[str, Any] = settings.model_dump(exclude_unset=True)
-    if "://" not in settings.registry:
-        values["registry"] = str(Path(settings.registry).resolve())
-    for name in ("base", "matcher"):
-        path = Path(getattr(settings, name))
-        if path.exists():
-            values[name] = str(path.resolve())
+    values["registry"] = _absolute_address(settings.registry)
+    if settings.registry_database:
+        values["registry_database"] = _absolute_address(settings.registry_database)
+    keys = [key for key in settings.registry_keys.split(os.pathsep) if key]
+    values["registry_keys"] = os.pathsep.join(str(Path(key).resolve()) for key in keys)
+    values["base"] = _absolute_weights(settings.base)
+    values["matcher"] = _absolute_weights(settings.matcher)
+    if settings.efficientloftr:
+        values["efficientloftr"] = str(Path(settings.efficientloftr).resolve())
+    # No setting of the service: the registry reads it by itself.
+    if cache := os.environ.get(CACHE_VARIABLE):
+        values["registry_cache"] = str(Path(cache).resolve())
     variables = {PREFIX + name.upper(): str(value) for name, value in values.items()}
     libraries = {name: os.environ.get(name, value) for name, value in LIBRARIES.items()}
     return {**variables, **libraries, "BENTOML_DO_NOT_TRACK": "True"}
+
+
+def _absolute_address(address: str) -> str:
+    """A folder, or the URL of one or of an SQLite file, whose path is absolute; others as is."""
+    scheme, mark, path = address.removeprefix("file://").partition("://")
+    if not mark:
+        return str(Path(scheme).resolve())
+    file, *options = path.removeprefix("/").split("?", 1)
+    if not scheme.startswith("sqlite") or not file or file.startswith((":memory:", "file:")):
+        return address
+    return "?".join([f"{scheme}:///{Path(file).resolve()}", *options])
+
+
+def _absolute_weights(name: str) -> str:
+    """Where a folder or a file is named, by its absolute path; the program in front stays."""
+    program, mark, place = name.partition(":")
+    if program not in _PROGRAMS or not mark:
+        program, mark, place = "", "", name
+    if place in _NAMES or not Path(place).exists():
+        return name
+    return f"{program}{mark}{Path(place).resolve()}"
 
 
 def _supervise(settings: Settings, port: int, environment: Mapping[str, str]) -> int:

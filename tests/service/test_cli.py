@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from pathlib import Path
 
@@ -51,6 +52,56 @@ def test_libraries_are_set_as_they_are_in_the_image(
         assert f'name: {name}\n    value: "{value}"\n' in bentofile
     monkeypatch.setenv("GOMP_SPINCOUNT", "7")
     assert environment_of(load_settings())["GOMP_SPINCOUNT"] == "7"
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "absolute"),
+    [
+        ("REGISTRY", "shop", "{}/shop"),
+        ("REGISTRY", "file://shop", "{}/shop"),
+        ("REGISTRY", "s3://bucket/shop", "s3://bucket/shop"),
+        ("REGISTRY_DATABASE", "sqlite:///other.db", "sqlite:///{}/other.db"),
+        (
+            "REGISTRY_DATABASE",
+            "sqlite+pysqlite:///o.db?timeout=9",
+            "sqlite+pysqlite:///{}/o.db?timeout=9",
+        ),
+        ("REGISTRY_DATABASE", "sqlite:////srv/other.db", "sqlite:////srv/other.db"),
+        ("REGISTRY_DATABASE", "sqlite:///:memory:", "sqlite:///:memory:"),
+        ("REGISTRY_DATABASE", "postgresql:///other", "postgresql:///other"),
+        (
+            "REGISTRY_KEYS",
+            os.pathsep.join(["a.pem", "/b.pem"]),
+            os.pathsep.join(["{}/a.pem", "/b.pem"]),
+        ),
+        ("REGISTRY_CACHE", "near", "{}/near"),
+        ("BASE", "here", "{}/here"),
+        ("BASE", "owner/name", "owner/name"),
+        ("MATCHER", "here", "{}/here"),
+        ("MATCHER", "torch:here", "torch:{}/here"),
+        ("MATCHER", "onnx:outdoor", "onnx:outdoor"),
+        ("MATCHER", "efficientloftr:here", "efficientloftr:{}/here"),
+        ("EFFICIENTLOFTR", "here", "{}/here"),
+    ],
+)
+def test_relative_paths_mean_the_folder_of_the_command(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, given: str, absolute: str
+) -> None:
+    """The service runs in another."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    monkeypatch.setenv(f"REALFILL_{name}", given)
+    assert environment_of(load_settings())[f"REALFILL_{name}"] == absolute.format(tmp_path)
+
+
+def test_a_folder_with_the_name_of_a_base_is_not_the_base(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """`nano` stays what it is, whatever lies beside."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "nano").mkdir()
+    found = environment_of(load_settings(base="nano", matcher="torch:nano"))
+    assert (found["REALFILL_BASE"], found["REALFILL_MATCHER"]) == ("nano", "torch:nano")
 
 
 def test_complete_without_a_service_says_how_to_start_one(pictures: list[str]) -> None:
