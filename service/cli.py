@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -11,10 +12,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import click
+import httpx
 
 from registry import Registry, RegistryError
 from registry.address import CACHE_VARIABLE
@@ -58,11 +61,14 @@ def serve(**options: Any) -> None:
         Registry.open(settings.registry, database=settings.registry_database).close()
     except RegistryError as error:
         raise Refusal(str(error)) from error
-    port = settings.port or free_port(settings.host)
+    settings = settings.model_copy(update={"port": free_port(settings.host, settings.port)})
     with tempfile.TemporaryDirectory(prefix="realfill-serve-") as home:
         # A home of its own: a second server in a shared one deletes the first one's files.
         environment = {**os.environ, **environment_of(settings), "BENTOML_HOME": home}
-        status = _supervise(settings, port, environment)
+        try:
+            status = _supervise(settings, environment)
+        except ServiceError as error:
+            raise Refusal(str(error)) from error
     sys.exit(status)
 
 
@@ -120,33 +126,70 @@ def _absolute_weights(name: str) -> str:
     return f"{program}{mark}{Path(place).resolve()}"
 
 
-def _supervise(settings: Settings, port: int, environment: Mapping[str, str]) -> int:
+def _supervise(settings: Settings, environment: Mapping[str, str]) -> int:
     """Run BentoML's supervisor until it ends or a signal asks for it; the exit status."""
     address = settings.host if ":" not in settings.host else f"[{settings.host}]"
-    folder = Path(__file__).resolve().parents[1]
-    command = [sys.executable, "-m", "bentoml", "serve", "service.app:Completer"]
-    command += ["--host", settings.host, "--port", str(port), "--working-dir", str(folder)]
-    # In a session of its own, so that Ctrl-C reaches this process alone and ends it in order.
-    server = subprocess.Popen(command, env=environment, start_new_session=True)
+    url = f"http://{address}:{settings.port}"
+    server: subprocess.Popen[bytes] | None = None
     asked = False
 
     def end(number: int, frame: object) -> None:
         nonlocal asked
-        # Asked twice, it does not wait for the requests in flight.
-        number = signal.SIGKILL if asked else signal.SIGTERM
-        asked = True
-        os.killpg(server.pid, signal.SIGKILL) if number == signal.SIGKILL else server.terminate()
+        again, asked = asked, True
+        if server is not None:
+            # Asked twice, it does not wait for the requests in flight.
+            _kill(server) if again else server.terminate()
 
-    previous = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
+    # Before it starts, so that no signal ends this process alone.
+    previous = {number: signal.signal(number, end) for number in _ends()}
     try:
-        if _wait_until_ready(f"http://{address}:{port}", server):
-            _announce(f"http://{address}:{port}")
+        server = _start(settings, environment)
+        if asked:
+            server.terminate()
+        # This machine, whatever its address: no proxy is asked.
+        with Client(url, transport=httpx.HTTPTransport()) as client:
+            if _wait_until_ready(client, server):
+                _announce(client)
         while server.poll() is None and not asked:
             time.sleep(0.1)
         return _end(server, settings.request_timeout_s + _GRACE_S, asked)
     finally:
+        if server is not None:
+            _kill(server)
+            server.wait()
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def _ends() -> list[signal.Signals]:
+    """What ends the service: Ctrl-C, kill, and a terminal that closes unless nohup hides it."""
+    hidden = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return [signal.SIGINT, signal.SIGTERM, *([] if hidden else [signal.SIGHUP])]
+
+
+def _start(settings: Settings, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    folder = Path(__file__).resolve().parents[1]
+    command = [sys.executable, "-m", "bentoml", "serve", "service.app:Completer"]
+    command += ["--host", settings.host, "--port", str(settings.port)]
+    # In a session of its own, so that Ctrl-C reaches this process alone and ends it in order.
+    return subprocess.Popen(
+        [*command, "--working-dir", str(folder)], env=environment, start_new_session=True
+    )
+
+
+def _kill(server: subprocess.Popen[bytes]) -> None:
+    """End the supervisor and its workers, each of which has a session of its own, at once."""
+    if server.poll() is not None:
+        return
+    workers: list[int] = []
+    # Where there is no such file, as beyond Linux, workers are not found.
+    with suppress(OSError):
+        listed = Path(f"/proc/{server.pid}/task/{server.pid}/children").read_text()
+        workers = [int(pid) for pid in listed.split()]
+    server.kill()
+    for pid in workers:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def _end(server: subprocess.Popen[bytes], patience_s: float, asked: bool) -> int:
@@ -154,7 +197,7 @@ def _end(server: subprocess.Popen[bytes], patience_s: float, asked: bool) -> int
     try:
         server.wait(patience_s)
     except subprocess.TimeoutExpired:
-        os.killpg(server.pid, signal.SIGKILL)
+        _kill(server)
         server.wait()
     if asked:
         click.echo("Stopped.")
@@ -163,31 +206,40 @@ def _end(server: subprocess.Popen[bytes], patience_s: float, asked: bool) -> int
     return 2
 
 
-def _wait_until_ready(url: str, server: subprocess.Popen[bytes]) -> bool:
+def _wait_until_ready(client: Client, server: subprocess.Popen[bytes]) -> bool:
     """False where the supervisor ended first."""
-    with Client(url) as client:
-        while server.poll() is None:
-            if client.ready():
-                return True
-            time.sleep(0.2)
+    while server.poll() is None:
+        if client.ready():
+            return True
+        time.sleep(0.2)
     return False
 
 
-def _announce(url: str) -> None:
-    with Client(url) as client:
-        scenes = client.scenes()
+def _announce(client: Client) -> None:
+    scenes = client.scenes()
     name = scenes[0].name if scenes else "SCENE"
-    click.echo(f"Listening on {url} with {len(scenes)} scene(s); Ctrl-C ends it. Try:\n")
+    click.echo(f"Listening on {client.url} with {len(scenes)} scene(s); Ctrl-C ends it. Try:\n")
     click.echo(
-        f"  curl -F image=@target.png -F mask=@mask.png {url}/v1/scenes/{name}/complete "
+        f"  curl -F image=@target.png -F mask=@mask.png {client.url}/v1/scenes/{name}/complete "
         "-o best.png\n"
     )
 
 
-def free_port(host: str) -> int:
+def free_port(host: str, port: int = 0) -> int:
+    """This port, or any for 0; Refusal where it cannot be listened on."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as probe:
-        probe.bind((host, 0))
+        # As the service does: connections that ended a moment ago are not in the way.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise Refusal(f"Port {port} is in use: choose another with --port.") from error
+            raise Refusal(
+                f"{host} port {port} cannot be listened on ({error.strerror}): choose others with "
+                "--host and --port."
+            ) from error
         return int(probe.getsockname()[1])
 
 

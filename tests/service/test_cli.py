@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
-from service.cli import LIBRARIES, complete, environment_of, serve
+from service.cli import LIBRARIES, _kill, complete, environment_of, serve
+from service.client import Client
+from service.errors import ServiceUnreachable
 from service.settings import load_settings
 from tests.fakes import encoded, hole, photo
 
@@ -37,6 +42,50 @@ def test_serve_refuses_bad_settings_in_one_sentence(options: list[str], sentence
     assert sentence in ended.output
     assert ended.output.startswith("Error: ")
     assert ended.output.count("\n") == 1
+
+
+def test_serve_refuses_a_port_that_is_taken(tmp_path: Path) -> None:
+    """By whatever it is, before any process starts."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        ended = CliRunner().invoke(
+            serve, ["--port", str(port), "--registry", str(tmp_path / "registry")]
+        )
+    assert ended.exit_code == 2
+    assert ended.output == f"Error: Port {port} is in use: choose another with --port.\n"
+
+
+def test_serve_leaves_no_process_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever goes wrong here while it starts there."""
+    started: list[int] = []
+
+    def fail(client: Client, server: subprocess.Popen[bytes]) -> bool:
+        started.append(server.pid)
+        raise ServiceUnreachable("No answer.")
+
+    monkeypatch.setattr("service.cli._wait_until_ready", fail)
+    options = ["--port", "0", "--registry", str(tmp_path / "registry")]
+    ended = CliRunner().invoke(serve, options)
+    assert (ended.exit_code, ended.output) == (2, "Error: No answer.\n")
+    with pytest.raises(ProcessLookupError):
+        os.killpg(started[0], 0)
+
+
+def test_a_supervisor_that_is_killed_takes_its_worker_along() -> None:
+    """The worker has a session of its own, so that no signal to a group reaches it."""
+    worker = "import time; print('here', flush=True); time.sleep(60)"
+    supervisor = (
+        "import subprocess, sys\n"
+        f"subprocess.run([sys.executable, '-c', {worker!r}], start_new_session=True)"
+    )
+    with subprocess.Popen([sys.executable, "-c", supervisor], stdout=subprocess.PIPE) as server:
+        assert server.stdout is not None
+        assert server.stdout.readline() == b"here\n"
+        began = time.monotonic()
+        _kill(server)
+        # Its end comes when nobody is left who might write.
+        assert server.stdout.read() == b""
+    assert time.monotonic() - began < 30
 
 
 def test_libraries_are_set_as_they_are_in_the_image(

@@ -137,9 +137,30 @@ def test_our_routes_win_over_the_shells(service: tuple[Path, Client]) -> None:
 
 
 @pytest.mark.timeout(240)
+def test_a_terminal_that_closes_ends_the_service(tmp_path: Path) -> None:
+    """SIGHUP is sent to the command alone; what it started ends with it."""
+    port = _free_port()
+    command = _start(tmp_path, tmp_path / "nowhere", port)
+    try:
+        children = Path(f"/proc/{command.pid}/task/{command.pid}/children")
+        until = time.monotonic() + STARTED_WITHIN_S
+        while not children.read_text():
+            assert time.monotonic() < until, (tmp_path / "log").read_text()
+            time.sleep(0.01)
+        supervisor = int(children.read_text())
+        command.send_signal(signal.SIGHUP)
+        assert command.wait(30) == 0
+        with pytest.raises(ProcessLookupError):
+            os.killpg(supervisor, 0)
+    finally:
+        if command.poll() is None:
+            _end(command)
+
+
+@pytest.mark.timeout(240)
 def test_a_missing_base_ends_the_service_with_one_sentence(tmp_path: Path) -> None:
     """It does not respawn workers for ever."""
-    server = _start(tmp_path, tmp_path / "nowhere", _free_port())
+    server = _start(tmp_path, tmp_path / "nowhere", 0)
     try:
         assert server.wait(STARTED_WITHIN_S) == 2
     finally:
