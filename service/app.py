@@ -48,6 +48,18 @@ class Front:
 front = Front()
 
 
+class ProbesFirst:
+    """Lets our own probes answer, before whose routes BentoML has its own."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        ours = scope["type"] == "http" and scope["path"] in ("/livez", "/readyz")
+        await (front if ours else self.app)(scope, receive, send)
+
+
 def build_road(settings: Settings) -> Road:
     """Load the base and join it with registry, engine and matcher.
 
@@ -147,9 +159,12 @@ class Completer:
         self.road.close()
         self.road.registry.close()
 
-    def __is_ready__(self) -> bool:
-        """For BentoML's own /readyz, which comes before ours."""
-        return self.road.ready
+    def __is_alive__(self) -> bool:
+        """For /healthz, which is BentoML's."""
+        return self.road.alive
+
+
+Completer.add_asgi_middleware(ProbesFirst)  # type: ignore[attr-defined]
 
 
 def _give_up(error: Exception) -> NoReturn:

@@ -87,8 +87,10 @@ def _router(probes: Probes, catalogue: Catalogue, completions: Completions) -> A
         openapi_extra=_completion_body(),
     )
     add_routes(router, catalogue)
-    router.add_api_route("/livez", probes.livez, methods=["GET"])
-    router.add_api_route("/readyz", probes.readyz, methods=["GET"])
+    for path, probe in (("/livez", probes.livez), ("/readyz", probes.readyz)):
+        router.add_api_route(path, probe, methods=["GET"])
+        # Some balancers ask so.
+        router.add_api_route(path, probe, methods=["HEAD"], include_in_schema=False)
     router.add_api_route("/metrics", probes.exposition, methods=["GET"], include_in_schema=False)
     return router
 

@@ -213,6 +213,7 @@ def test_probes_tell_life_from_readiness(road: Road) -> None:
     _refused(client.get("/readyz"), 503, "engine_closed")
     with client:
         assert client.get("/readyz").json() == {"status": "ready"}
+        assert client.head("/readyz").status_code == 200
     _refused(client.get("/readyz"), 503, "engine_closed")
 
 

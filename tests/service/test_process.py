@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from click.testing import CliRunner
 
 from service.cli import complete
 from service.client import Client, image_of
+from service.errors import RequestRefused
 from tests.fakes import decoded, encoded, hole, photo
 from tests.tiny import save_tiny_base, tiny_base, tiny_capsule
 
@@ -30,10 +32,26 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _start(folder: Path, base: Path, port: int) -> subprocess.Popen[str]:
+# Read by every Python on whose path it lies: ends the thread of the lane as soon as told to.
+SPOILER = """
+import ctypes, pathlib, threading, time
+
+def spoil():
+    while not pathlib.Path(__file__).with_name("now").exists():
+        time.sleep(0.02)
+    for thread in threading.enumerate():
+        if thread.name == "lane":
+            end = ctypes.py_object(SystemExit)
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), end)
+
+threading.Thread(target=spoil, daemon=True).start()
+"""
+
+
+def _start(folder: Path, base: Path, port: int, **variables: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", "from service.cli import serve; serve()"]
     command += ["--registry", str(folder / "registry"), "--base", str(base), "--matcher", "none"]
-    environment = {**os.environ, "REALFILL_STEPS": "2", "REALFILL_CANDIDATES": "2"}
+    environment = {**os.environ, "REALFILL_STEPS": "2", "REALFILL_CANDIDATES": "2", **variables}
     log = (folder / "log").open("w")
     with log:
         return subprocess.Popen(
@@ -57,11 +75,10 @@ def _end(server: subprocess.Popen[str]) -> int:
         raise
 
 
-@pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Client]]:
-    folder = tmp_path_factory.mktemp("service")
+@contextmanager
+def _serving(folder: Path, **variables: str) -> Iterator[Client]:
     port = _free_port()
-    server = _start(folder, save_tiny_base(folder / "base"), port)
+    server = _start(folder, save_tiny_base(folder / "base"), port, **variables)
     ended = None
     try:
         with Client(f"http://127.0.0.1:{port}") as client:
@@ -71,11 +88,23 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Cl
                 assert server.poll() is None, said
                 assert time.monotonic() < until, said
                 time.sleep(0.2)
-            yield folder, client
+            yield client
     finally:
         ended = _end(server)
     # Ctrl-C is how it is meant to end.
     assert ended == 0
+
+
+def _complete_on_and_on(client: Client) -> None:
+    for _ in range(100):
+        client.complete("tower", encoded(photo()), encoded(hole()), candidates=1)
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Client]]:
+    folder = tmp_path_factory.mktemp("service")
+    with _serving(folder) as client:
+        yield folder, client
 
 
 @pytest.mark.timeout(240)
@@ -134,6 +163,27 @@ def test_our_routes_win_over_the_shells(service: tuple[Path, Client]) -> None:
     assert 'route="unmatched",status="404"' in httpx.get(f"{client.url}/metrics").text
     lines = [line for line in (folder / "log").read_text().splitlines() if "lost-1" in line]
     assert json.loads(lines[0])["status"] == 404
+
+
+@pytest.mark.timeout(240)
+def test_a_lane_that_ended_is_told_by_every_probe(tmp_path: Path) -> None:
+    """By /healthz as well, which is BentoML's; by ours in our shape, before and after."""
+    import httpx
+
+    paths = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    (tmp_path / "sitecustomize.py").write_text(SPOILER)
+    with _serving(tmp_path, PYTHONPATH=paths) as client:
+        assert httpx.get(f"{client.url}/livez").json() == {"status": "alive"}
+        assert httpx.get(f"{client.url}/readyz").json() == {"status": "ready"}
+        client.publish("tower", tiny_capsule(tiny_base(), "tower", 1))
+        (tmp_path / "now").touch()
+        with pytest.raises(RequestRefused) as caught:
+            _complete_on_and_on(client)
+        assert (caught.value.status, caught.value.refusal) == (503, "engine_closed")
+        for probe in ("/livez", "/readyz"):
+            answer = httpx.get(f"{client.url}{probe}")
+            assert (answer.status_code, answer.json()["error"]["code"]) == (503, "engine_closed")
+        assert httpx.get(f"{client.url}/healthz").status_code == 503
 
 
 @pytest.mark.timeout(240)
