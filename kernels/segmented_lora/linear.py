@@ -9,6 +9,7 @@ factors is read, and nothing passes through memory.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,11 +42,43 @@ class Tile:
     warps: int
     stages: int
 
+    def shared_bytes(self, rank: int, multiprocessor: Multiprocessor) -> int:
+        """What a program takes of shared memory, in half precision.
+
+        Args:
+            rank: As the kernel pads it.
+        """
+        stages = self.stages if multiprocessor.asynchronous else self.stages - 1
+        return 2 * stages * self.depth * (self.tokens + self.columns + self.tail + rank)
+
+
+@dataclass(frozen=True)
+class Multiprocessor:
+    """What a tile has to fit.
+
+    Attributes:
+        shared_bytes: Of shared memory that one program may have.
+        asynchronous: Whether products read it by themselves, so that Triton keeps each block there
+            until they are through with it: Hopper, and the Blackwell of data centres.
+    """
+
+    shared_bytes: int
+    asynchronous: bool
+
+    @staticmethod
+    @functools.cache
+    def of(device: int) -> Multiprocessor:
+        """Of a CUDA device, by its number."""
+        properties = triton.runtime.driver.active.utils.get_device_properties(device)
+        major, _ = torch.cuda.get_device_capability(device)
+        return Multiprocessor(properties["max_shared_mem"], asynchronous=major not in (8, 12))
+
 
 # From so many tokens a sample on. 128 by 320 fills one multiprocessor of a Hopper: 168 sums among
 # the 255 registers of a thread, 174 of 227 KiB of shared memory. Sixteen samples are 512, 256 and
 # 128 such tiles in SD2's three larger sizes, for 132 multiprocessors. Fewer tokens are too few for
-# them: several smaller tiles share a multiprocessor.
+# them: several smaller tiles share a multiprocessor. So they do where the large one does not fit:
+# GPUs that are not made for data centres have 99 KiB.
 TILES = {
     128: Tile(128, 256, 64, 64, warps=8, stages=3),
     1: Tile(64, 64, 0, 64, warps=4, stages=4),
@@ -214,8 +247,11 @@ def segmented_linear_kernel(
         x = x.contiguous()
     samples, tokens, depth = x.shape
     columns, (n_slots, rank) = len(weight), lora_A.shape[:2]
-    if tile is None:
-        tile = FLOAT32_TILE if x.dtype == torch.float32 else _tile_for(tokens)
+    block = max(SMALLEST_BLOCK, triton.next_power_of_2(rank))
+    if tile is None and x.dtype == torch.float32:
+        tile = FLOAT32_TILE
+    elif tile is None:
+        tile = tile_for(tokens, block, Multiprocessor.of(x.get_device()))
     out = torch.empty(samples, tokens, columns, dtype=x.dtype, device=x.device)
     tiles = triton.cdiv(tokens, tile.tokens) * triton.cdiv(columns, tile.columns + tile.tail)
     launch: Any = _linear[(tiles, samples)]
@@ -242,7 +278,7 @@ def segmented_linear_kernel(
             COLUMNS=tile.columns,
             TAIL=tile.tail,
             DEPTH=tile.depth,
-            RANK=max(SMALLEST_BLOCK, triton.next_power_of_2(rank)),
+            RANK=block,
             EVEN=depth % tile.depth == 0,
             # Half precision is exact in tf32; float32 is not, so its products are taken in full.
             PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
@@ -252,6 +288,16 @@ def segmented_linear_kernel(
     return out
 
 
-def _tile_for(tokens: int) -> Tile:
-    """The tile of layers of so many tokens a sample."""
-    return TILES[max(fewest for fewest in TILES if fewest <= tokens)]
+def tile_for(tokens: int, rank: int, multiprocessor: Multiprocessor) -> Tile:
+    """The largest tile that fits, of layers of so many tokens a sample.
+
+    Args:
+        tokens: Of a sample.
+        rank: As the kernel pads it.
+    """
+    for fewest in sorted(TILES, reverse=True):
+        tile = TILES[fewest]
+        fits = tile.shared_bytes(rank, multiprocessor) <= multiprocessor.shared_bytes
+        if fewest <= tokens and fits:
+            return tile
+    return TILES[min(TILES)]

@@ -126,7 +126,7 @@ class StaticStep:
 
     def forget(self) -> None:
         """Take nothing of what is in the buffers for known."""
-        self._held = []
+        self._held, self._composition = [], None
 
 
 class Buckets:
@@ -176,9 +176,14 @@ class Buckets:
         size, count = self.size_for(len(samples)), len(samples)
         project, compute = self._ways_of(size, mode)
         step = self._steps[size]
-        if step.fill(samples, composition):
-            project()
-        compute()
+        try:
+            if step.fill(samples, composition):
+                project()
+            compute()
+        except Exception:
+            # Half-way through, they hold nobody's.
+            step.forget()
+            raise
         return step.latents[:count].clone(), step.history[:count].clone()
 
     def warm_up(self, mode: Mode, room: Callable[[int], None]) -> None:
@@ -196,11 +201,12 @@ class Buckets:
         """How a step of this size and mode is made; the first time, its buffers are forgotten."""
         if (size, mode) not in self._ways:
             step = self._steps[size]
+            # First, since a capture that fails has run the step, too.
+            step.forget()
             self._ways[size, mode] = (
                 self._captures.of(step.project),
                 self._captures.of(step.compute),
             )
-            step.forget()
         return self._ways[size, mode]
 
     def release(self) -> None:

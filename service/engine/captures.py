@@ -35,17 +35,22 @@ class Captures:
         if not self._on_cuda:
             return work
         current = torch.cuda.current_stream(self._device)
-        self._aside.wait_stream(current)
-        with torch.cuda.stream(self._aside):
-            for _ in range(WARM_UPS):
-                work()
-        current.wait_stream(self._aside)
         graph = torch.cuda.CUDAGraph()
-        # Other threads bring adapters meanwhile: what they ask of the device is no part of it.
-        with torch.cuda.graph(
-            graph, pool=self._pool, stream=self._aside, capture_error_mode="thread_local"
-        ):
-            work()
+        self._aside.wait_stream(current)
+        try:
+            with torch.cuda.stream(self._aside):
+                for _ in range(WARM_UPS):
+                    work()
+            current.wait_stream(self._aside)
+            # Other threads bring adapters meanwhile: what they ask of the device is no part of it.
+            with torch.cuda.graph(
+                graph, pool=self._pool, stream=self._aside, capture_error_mode="thread_local"
+            ):
+                work()
+        finally:
+            # A capture that cannot be ended leaves its stream as the thread's own, where nothing
+            # waits for what other threads bring.
+            torch.cuda.set_stream(current)
         self.count += 1
         replay: Callable[[], None] = graph.replay
         return replay

@@ -7,7 +7,6 @@ each sample's term from the slot that its adapter has in the arena.
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,88 +16,12 @@ from torch import Tensor, nn
 
 from kernels.segmented_lora import segmented_conv_lora_, segmented_linear, segmented_lora_
 from realfill.capsule import Adapter
-from service.engine.arena import Tier, TierMetrics
+from service.engine.arena import TierMetrics
 from service.engine.layers import Installed, install_exact, is_exact
-from service.engine.staging import StagedAdapter, as_matrix, pinned, stage
+from service.engine.slots import RankClass, Slot, padded
+from service.engine.staging import StagedAdapter, pinned, stage
 from service.engine.swap import Swapper
 from service.engine.weights import Part, SpoiltWeights, divided
-
-logger = logging.getLogger(__name__)
-
-# Ranks are padded to a multiple of what one matrix instruction takes, and no further.
-RANK_STEP = 16
-
-
-def padded(rank: int) -> int:
-    """The rank of the class that an adapter belongs to."""
-    return -(-rank // RANK_STEP) * RANK_STEP
-
-
-class RankClass:
-    """One device buffer with a slot of fixed size for each adapter of up to one rank.
-
-    Attributes:
-        rank: Of the class, a multiple of 16; smaller adapters are padded with zeros.
-        scales: alpha / rank of the adapter in each slot. [L], float32
-    """
-
-    def __init__(
-        self, modules: Mapping[str, nn.Linear | nn.Conv2d], rank: int, budget_bytes: int
-    ) -> None:
-        self.rank = rank
-        weight = next(iter(modules.values())).weight
-        self._shapes: dict[str, tuple[int, int]] = {}
-        self._offsets: dict[str, int] = {}
-        size = 0
-        for path, module in modules.items():
-            rows, columns = as_matrix(module.weight).shape
-            self._shapes[path], self._offsets[path] = (rows, columns), size
-            size += rank * (rows + columns)
-        # The base's own type, which one kernel can multiply beside the weights.
-        self._dtype = weight.dtype if weight.is_cuda else torch.float32
-        self.slot_bytes = size * self._dtype.itemsize
-        count = max(1, budget_bytes // self.slot_bytes)
-        self._buffer = torch.zeros(count, size, dtype=self._dtype, device=weight.device)
-        self.scales = torch.zeros(count, device=weight.device)
-        self._free = list(range(count))[::-1]
-        self.tier: Tier[Slot] = Tier(count * self.slot_bytes, on_evict=self._vacate)
-
-    def put(self, staged: StagedAdapter) -> Slot:
-        """Copy an adapter into a free slot; zeros where it has no factors."""
-        row = self._free.pop()
-        for path, (lora_A, lora_B) in staged.factors.items():
-            to_A, to_B = self.factors(path)
-            to_A[row, : len(lora_A)].copy_(lora_A)
-            to_B[row, :, : len(lora_A)].copy_(lora_B)
-        self.scales[row] = staged.scale
-        factors = {path: tuple(f[row] for f in self.factors(path)) for path in staged.factors}
-        held = StagedAdapter(staged.digest, staged.scale, factors)  # type: ignore[arg-type]
-        return Slot(self, row, held)
-
-    def _vacate(self, slot: Slot) -> None:
-        """Leave nothing of an adapter in its slot."""
-        self._buffer[slot.row].zero_()
-        self._free.append(slot.row)
-
-    def factors(self, path: str) -> tuple[Tensor, Tensor]:
-        """lora_A and lora_B of a module in every slot. [L, R, in] and [L, out, R]"""
-        (rows, columns), start = self._shapes[path], self._offsets[path]
-        middle, end = start + self.rank * columns, start + self.rank * (rows + columns)
-        lora_A = self._buffer[:, start:middle].view(-1, self.rank, columns)
-        return lora_A, self._buffer[:, middle:end].view(-1, rows, self.rank)
-
-
-@dataclass(frozen=True, eq=False)
-class Slot:
-    """One adapter's place.
-
-    Attributes:
-        staged: Its factors, as views of the slot.
-    """
-
-    rank_class: RankClass
-    row: int
-    staged: StagedAdapter
 
 
 @dataclass
@@ -188,6 +111,7 @@ class SegmentedWeights:
         self._lock = threading.Lock()
         self._slots = Slots()
         self._current: tuple[object, ...] = ()
+        self._composed: tuple[Slot | None, ...] = ()
         self._rows_of: dict[tuple[int, int], Tensor] = {}
         self._installed = self._install(unet)
         self.writes = 0
@@ -225,13 +149,17 @@ class SegmentedWeights:
 
     def settle(self) -> None:
         """Write the base where the weights still hold an adapter that left the arena."""
+        arena = self._arena()
+        if any(slot is not None and slot.staged.digest not in arena for slot in self._composed):
+            # Its copies go with the last who names it.
+            self._compose_anew()
         if self._swapper.torn:
             # The next batch mends them, or fails alone.
             return
         merged = self._swapper.digest
-        if merged is not None and merged not in self._arena():
+        if merged is not None and merged not in arena:
+            self._compose_anew()
             self._swapper.hold(None)
-            self._current = ()
 
     def traces(self) -> set[str]:
         """Digests in the arena, and of what is merged."""
@@ -257,11 +185,11 @@ class SegmentedWeights:
 
     def rehearse(self, mode: tuple[int, ...], room: int) -> None:
         """The base's weights, and slots of which no sample has one; see ``Weights``."""
+        self._compose_anew()
         self._swapper.hold(None)
         self._slots.of = [
             (self._classes[rank], self._rows(self._classes[rank], [-1] * room)) for rank in mode
         ]
-        self._current = ()
 
     def apply(self, parts: Sequence[Part], room: int | None = None) -> None:
         """Merge the one adapter of a batch, or name every sample's slot; see ``Weights``."""
@@ -269,9 +197,9 @@ class SegmentedWeights:
         alone = len(parts) == 1
         merged = slots[0].staged if alone and slots[0] is not None else None
         if not self._swapper.is_sound():
-            self._swapper.commit(merged)
             # Nothing that was made by them counts as made.
-            self._current = ()
+            self._compose_anew()
+            self._swapper.commit(None)
             raise SpoiltWeights(
                 "weights of the U-Net were written from elsewhere; what they drew was dropped, "
                 "send the request again"
@@ -279,10 +207,25 @@ class SegmentedWeights:
         # Slots are part of it: an adapter may have left the arena and come back elsewhere.
         wanted = (tuple(parts), tuple(slots), room)
         if wanted != self._current:
-            self._swapper.hold(merged)
+            # First: what fails half-way is composed of nothing that could be gone on with.
+            self._compose_anew()
+            self._hold(merged)
             self._slots.of = [] if alone else self._slots_of(parts, slots, room)
-            self._current = wanted
+            self._current, self._composed = wanted, tuple(slots)
             self.writes += 1
+
+    def _hold(self, merged: StagedAdapter | None) -> None:
+        try:
+            self._swapper.hold(merged)
+        except Exception:
+            # It went back to an adapter whose slot may be another one's by now.
+            if not self._swapper.torn:
+                self._swapper.hold(None)
+            raise
+
+    def _compose_anew(self) -> None:
+        """Take nothing of how the network is composed for known."""
+        self._current, self._composed, self._slots.of = (), (), []
 
     def conditioned(self, digest: str | None, timesteps: Tensor, prompt: Tensor) -> None:
         """Nothing; buckets project prompts."""
@@ -295,8 +238,7 @@ class SegmentedWeights:
 
     def release(self) -> None:
         """Leave the base's weights and layers as they were."""
-        self._slots.of = []
-        self._current = ()
+        self._compose_anew()
         self._installed.release()
         self._swapper.hold(None)
         self._classes.clear()
@@ -319,9 +261,8 @@ class SegmentedWeights:
         kept = here
 
         def make() -> Slot:
-            slot = kept.put(staged or stage(self._modules, digest, adapter))
-            self._swapper.prepare(slot.staged)
-            return slot
+            factors = staged or stage(self._modules, digest, adapter)
+            return kept.put(factors, self._swapper.prepare)
 
         taken = kept.tier.take(digest, kept.slot_bytes, make, pin=pin, wait=wait, spare=spare)
         return taken is not None

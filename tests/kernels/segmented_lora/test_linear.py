@@ -220,7 +220,7 @@ def test_only_its_own_slot_counts_in_the_interpreter() -> None:
     assert_only_its_own_slot_counts(layer(40, 48, 70, 16, torch.float32))
 
 
-def compiled_for_hopper(tile: Any, half: str, **fixed: Any) -> Any:
+def compiled_for(capability: int, tile: Any, half: str, **fixed: Any) -> Any:
     """The kernel as a launch on SD2's layers compiles it, where all sizes are multiples of 16."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -238,7 +238,7 @@ def compiled_for_hopper(tile: Any, half: str, **fixed: Any) -> Any:
     sixteenths = {(k,): [["tt.divisibility", 16]] for k, n in enumerate(names) if n not in fixed}
     return triton.compile(
         ASTSource(linear._linear, types, constexprs=fixed, attrs=sixteenths),
-        target=GPUTarget("cuda", 90, 32),
+        target=GPUTarget("cuda", capability, 32),
         options={"num_warps": tile.warps, "num_stages": tile.stages},
     )
 
@@ -266,7 +266,7 @@ def test_the_kernel_compiles_for_hopper_without_a_gpu(
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     for tile in TILES.values():
-        compiled = compiled_for_hopper(tile, half, **fixed)
+        compiled = compiled_for(90, tile, half, **fixed)
         ptx = compiled.asm["ptx"]
         if "depth" not in fixed:
             assert f"wgmma.mma_async.sync.aligned.m64n{tile.columns}k16" in ptx
@@ -317,3 +317,36 @@ def test_a_sample_is_the_same_anywhere_on_a_gpu(
         given["bias"] = None
     assert_a_sample_is_the_same_anywhere(given)
     assert_only_its_own_slot_counts(given)
+
+
+# Bytes of shared memory that one program may have, by CUDA's documentation.
+SHARED_BYTES = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 120: 99 * 1024}
+
+
+@pytest.mark.skipif(interpreted(), reason="a process that interprets cannot compile")
+@pytest.mark.parametrize(
+    ("capability", "rank"), [(80, 16), (89, 16), (89, 128), (90, 128), (120, 32)]
+)
+def test_a_tile_fits_the_gpu_that_it_is_chosen_for(
+    capability: int, rank: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is reckoned for it is what the compiler takes, and no more than there is."""
+    from kernels.segmented_lora.linear import Multiprocessor, tile_for
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    asynchronous = capability == 90
+    multiprocessor = Multiprocessor(SHARED_BYTES[capability], asynchronous)
+    tile = tile_for(4096, rank, multiprocessor)
+    compiled = compiled_for(capability, tile, "bf16", RANK=rank)
+    assert compiled.metadata.shared <= SHARED_BYTES[capability]
+    assert compiled.metadata.shared == tile.shared_bytes(rank, multiprocessor)
+
+
+def test_small_gpus_get_small_tiles() -> None:
+    """And large ones large tiles, but for layers of few tokens."""
+    from kernels.segmented_lora.linear import TILES, Multiprocessor, tile_for
+
+    ada, hopper = Multiprocessor(99 * 1024, False), Multiprocessor(227 * 1024, True)
+    assert tile_for(4096, 16, hopper) == tile_for(4096, 128, hopper) == TILES[128]
+    assert tile_for(64, 16, hopper) == TILES[1]
+    assert tile_for(4096, 16, ada) == tile_for(64, 16, ada) == TILES[1]

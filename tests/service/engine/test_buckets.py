@@ -11,6 +11,7 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from realfill.base import Base
 from service.engine import Engine
 from service.engine.buckets import bucket_sizes
+from service.engine.captures import WARM_UPS, Captures
 from service.engine.fusion import install_fusion
 from service.engine.picture_blocks import KeptLayout
 from service.engine.runner import Application, Runner
@@ -132,3 +133,22 @@ def test_nothing_is_captured_after_the_warm_up() -> None:
         for future in [engine.submit(job) for job in jobs * 3]:
             assert bool(torch.isfinite(future.result(WAIT_S).samples).all())
         assert buckets.captures == captured
+
+
+@pytest.mark.gpu
+def test_a_capture_that_cannot_be_ended_leaves_the_thread_its_stream() -> None:
+    """Otherwise the lane would go on in one where it waits for nobody."""
+    device = torch.device("cuda")
+    captures, before = Captures(device), torch.cuda.current_stream(device)
+    calls: list[int] = []
+
+    def work() -> None:
+        calls.append(len(calls))
+        if len(calls) > WARM_UPS:
+            # Nothing that is captured may wait.
+            torch.cuda.synchronize()
+
+    with pytest.raises(RuntimeError):
+        captures.of(work)
+    assert torch.cuda.current_stream(device) == before
+    assert captures.count == 0

@@ -15,7 +15,8 @@ from realfill.errors import AdapterMismatch, InvalidCapsule
 from service.engine.job import Job
 from service.engine.runner import Application, Runner
 from service.engine.sample import Sample
-from service.engine.segmented import LowRankLayer, padded
+from service.engine.segmented import LowRankLayer
+from service.engine.slots import padded
 from service.engine.weights import Part, SpoiltWeights, divided
 from tests.tiny import tiny_adapter, tiny_base
 
