@@ -45,11 +45,22 @@ def closure(requirements: Iterable[str]) -> dict[str, str]:
     return pins
 
 
-def write(path: Path, purpose: str, pins: dict[str, str]) -> None:
-    """Write pins in the order of their names."""
-    lines = [f"{name}=={version}\n" for name, version in sorted(pins.items())]
-    path.write_text(f"# {purpose}\n# Written by make lock; do not edit.\n" + "".join(lines))
-    print(f"{path.name}: {len(pins)} packages")
+def write(path: Path, purpose: str, requirements: Iterable[str]) -> None:
+    """Write what the requirements need in the order of names, each with its own condition.
+
+    What is needed elsewhere alone, such as ONNX Runtime's other package, keeps its range.
+    """
+    asked = [Requirement(text) for text in requirements]
+    pins = closure(map(str, asked))
+    lines = {name: f"{name}=={version}" for name, version in pins.items()}
+    for requirement in asked:
+        name = canonicalize_name(requirement.name)
+        if requirement.marker and "extra" not in str(requirement.marker):
+            ranged = f"{name}{requirement.specifier}"
+            lines[name] = f"{lines.get(name, ranged)}; {requirement.marker}"
+    text = "".join(f"{line}\n" for _, line in sorted(lines.items()))
+    path.write_text(f"# {purpose}\n# Written by make lock; do not edit.\n{text}")
+    print(f"{path.name}: {len(lines)} packages")
 
 
 def main() -> None:
@@ -60,9 +71,9 @@ def main() -> None:
     extra = [
         text for name, texts in extras.items() if name not in UNPINNED_EXTRAS for text in texts
     ]
-    everything = closure([*serving, *extra])
+    everything = [*serving, *extra]
     write(ROOT / "constraints.txt", "The versions that were tested together.", everything)
-    write(ROOT / "requirements.txt", "What a Bento installs.", closure(serving))
+    write(ROOT / "requirements.txt", "What a Bento installs.", serving)
 
 
 if __name__ == "__main__":

@@ -76,9 +76,14 @@ def test_every_dependency_has_a_reason(root: Path, project: dict[str, Any]) -> N
     assert [name for name, reason in reasons.items() if len(reason.split()) < 3] == []
 
 
-def pins(path: Path) -> dict[str, str]:
+def locked(path: Path) -> list[Requirement]:
     lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
-    return dict(line.split("==") for line in lines)
+    return [Requirement(line) for line in lines]
+
+
+def pins(path: Path) -> dict[str, str]:
+    """Versions by name; those that are needed elsewhere alone have none."""
+    return {one.name: str(one.specifier).partition("==")[2] for one in locked(path)}
 
 
 def test_pins_lie_in_the_declared_ranges(root: Path, project: dict[str, Any]) -> None:
@@ -102,6 +107,15 @@ def test_bento_installs_versions_that_were_tested(root: Path) -> None:
     assert serving.items() <= pins(root / "constraints.txt").items()
     assert {"torch", "bentoml", "fastapi"} <= set(serving)
     assert "pytest" not in serving
+
+
+@pytest.mark.parametrize("name", ["constraints.txt", "requirements.txt"])
+def test_locks_hold_on_other_platforms(root: Path, project: dict[str, Any], name: str) -> None:
+    """What a dependency is conditional on is so in the lock: on ARM another ONNX Runtime."""
+    conditions = {one.name: str(one.marker) for one in locked(root / name) if one.marker}
+    serving = [Requirement(text) for text in project["dependencies"]]
+    assert conditions == {one.name: str(one.marker) for one in serving if one.marker}
+    assert "onnxruntime" in conditions
 
 
 @pytest.mark.parametrize("name", ["constraints.txt", "requirements.txt"])
