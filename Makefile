@@ -4,7 +4,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-SCENES ?= ../shared/scenes
+# The project's photographs, which a fresh clone lacks; rows without them are a trial's.
+SCENES ?= $(wildcard ../shared/scenes)
+PHOTOGRAPHS = $(if $(SCENES),--scenes $(SCENES),--rows quality-out/rows.jsonl)
 LOAD_RATE ?= 1
 LOAD_DURATION ?= 30
 
@@ -85,28 +87,28 @@ soak: $(STAMP) ## 30 minutes of load without mercy on the real server, into soak
 	$(BIN)/python -m benchmarks.soak
 
 quality: $(STAMP) ## do adapters beat the base, and does ranking help; into quality-out/
-	$(BIN)/python -m benchmarks.quality.tables --scenes $(SCENES)
+	$(BIN)/python -m benchmarks.quality.tables $(PHOTOGRAPHS)
 
 sweep: $(STAMP) ## how few steps are enough, into quality-out/
-	$(BIN)/python -m benchmarks.quality.sweep --scenes $(SCENES)
+	$(BIN)/python -m benchmarks.quality.sweep $(PHOTOGRAPHS)
 
 ablation: $(STAMP) ## which choices of the method matter (trains each anew), into quality-out/
-	$(BIN)/python -m benchmarks.quality.ablation --scenes $(SCENES)
+	$(BIN)/python -m benchmarks.quality.ablation $(PHOTOGRAPHS)
 
 confusion: $(STAMP) ## does the matcher tell places apart
-	$(BIN)/python -m benchmarks.quality.confusion --scenes $(SCENES)
+	$(BIN)/python -m benchmarks.quality.confusion $(PHOTOGRAPHS)
 
 gate: $(STAMP) ## how far the verdicts on answers can be trusted, and their thresholds
-	$(BIN)/python -m benchmarks.quality.gate --scenes $(SCENES)
+	$(BIN)/python -m benchmarks.quality.gate $(PHOTOGRAPHS)
 
 nano: $(STAMP) ## train the embedded base and matcher from nothing (hours on a CPU)
 	$(BIN)/realfill pretrain
 
 nano-report: $(STAMP) ## measure nano on images that it never saw
-	$(BIN)/python -m benchmarks.quality.nano_report --scenes $(SCENES)
+	$(BIN)/python -m benchmarks.quality.nano_report $(PHOTOGRAPHS)
 
 adapt-report: $(STAMP) ## adapt the demo and the shared scenes, and compare with the base alone
-	$(BIN)/python -m benchmarks.quality.adapt_report --scenes $(SCENES)
+	$(BIN)/python -m benchmarks.quality.adapt_report $(PHOTOGRAPHS)
 
 targets: $(STAMP) ## print the targets that are missed or not yet measured
 	@$(BIN)/python -m benchmarks.record targets

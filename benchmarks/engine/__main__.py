@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import click
 import torch
 from rich.console import Console
 
+from benchmarks.command import Measurement, on_gpu
 from benchmarks.engine import peers, swaps
 from benchmarks.engine.attention import measure_attention
 from benchmarks.engine.bench import Bench
@@ -301,7 +303,13 @@ PARTS: dict[str, Callable[[Bench], list[Row]]] = {
 }
 
 
-@click.command()
+def _told(params: Mapping[str, Any]) -> set[str]:
+    """Parameters of which rows' names tell; those of whole requests tell of their sizes."""
+    sizes = {"samples", "steps"} if params["parts"] == ("e2e",) else set()
+    return {"requests", "matcher", *sizes, *on_gpu(params)}
+
+
+@click.command(cls=Measurement, free=_told)
 @click.option("--base", "base_name", default="nano", show_default=True, help="As for load_base.")
 @click.option("--device", default="cpu", show_default=True)
 @click.option(

@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.command import Measurement
 from benchmarks.engine.timing import quantile
 from benchmarks.kernels.cases import CASES, SIZES, Maker
 from benchmarks.kernels.contest import COMPILED, COPY, EAGER, Timings, contest, product_flops_per_s
@@ -83,7 +84,7 @@ def _spread(seconds: Sequence[float]) -> str:
     return f"{middle:.3f} [{low:.3f}, {high:.3f}]"
 
 
-@click.command()
+@click.command(cls=Measurement, free={"device", "ops", "compiled"})
 @click.option("--device", default="cpu", show_default=True, help="cpu, or cuda with SD2's sizes.")
 @click.option("--op", "ops", multiple=True, type=click.Choice(list(CASES)), help="Default: all.")
 @click.option("--batch", type=click.IntRange(min=1), default=16, show_default=True)

@@ -28,6 +28,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from benchmarks.command import Measurement, on_gpu
 from benchmarks.engine.adapters import random_capsule
 from benchmarks.engine.requests import references_of
 from benchmarks.engine.service import SERVE, hole, png, square_of
@@ -293,7 +294,11 @@ def both(
         yield servers
 
 
-@click.command()
+def _told(params: Mapping[str, Any]) -> set[str]:
+    return {"candidates", "steps", *on_gpu(params)}
+
+
+@click.command(cls=Measurement, free=_told)
 @click.option("--base", "base_name", default="nano", show_default=True)
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option("--scenes", type=click.IntRange(min=2, max=PAGE), default=8, show_default=True)

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 from torch import Tensor
 
+from benchmarks.command import OfPhotographs
 from benchmarks.quality.evaluation import OFFICIAL, Bench, Judgement, Place, places_of
 from benchmarks.quality.metric import Metric, metrics_of
 from benchmarks.quality.sampling import device_name
@@ -186,7 +187,11 @@ def _shown(loss: Interval, digits: int) -> str:
     return f"{loss.mean:+.{digits}f} ({loss.low:+.{digits}f} to {loss.high:+.{digits}f})"
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(
+    cls=OfPhotographs,
+    free={"capsules"},
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 @bench_options(synthetic=4, seeds=16)
 @click.option(
     "--only",
@@ -212,8 +217,8 @@ def main(
     """Train and sample with one choice of the method undone at a time.
 
     \b
-        python -m benchmarks.quality.ablation
-        python -m benchmarks.quality.ablation --no-demo --only "nearest mask"
+        python -m benchmarks.quality.ablation --scenes ../shared/scenes
+        python -m benchmarks.quality.ablation --no-demo --only "nearest mask" --rows rows.jsonl
     Rows are variants, columns how much better the default is. Rows of rankings say what the top
     quarter of the default's own candidates gains over all of them.
     Adapters and candidates are kept; an interrupted run goes on.

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from benchmarks.command import OfPhotographs
 from benchmarks.quality.adaptation import Outcome, capsule_path, measure, sheet_rows, trained
 from benchmarks.quality.fills import CLASSICAL
 from benchmarks.quality.sampling import device_name
@@ -203,14 +204,14 @@ def outcomes_of(
     return outcomes
 
 
-@click.command()
+@click.command(cls=OfPhotographs)
 @click.option("--base", "base_name", default="nano", show_default=True, help="As for load_base.")
 @click.option("--device", default="cpu", show_default=True)
 @click.option(
     "--scenes",
     "folder",
-    type=click.Path(file_okay=False, path_type=Path),
-    help="Folder of scenes with target/gt; it may be absent.",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Folder of scenes with target/gt.",
 )
 @click.option("--demo/--no-demo", default=True, help="Measure the demo's two scenes too.")
 @click.option("--seeds", type=click.IntRange(min=1), default=8, show_default=True)

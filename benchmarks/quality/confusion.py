@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
+from benchmarks.command import OfPhotographs
 from benchmarks.quality.sampling import device_name
 from benchmarks.quality.summary import markdown_table
 from benchmarks.record import ROWS, record
@@ -197,13 +198,17 @@ def record_rows(found: Confusion, agreeing: Confusion, *, device: str, path: Pat
         record(f"rank.matches_true_pairs{suffix}", true, "matches", **peer, **details)
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(
+    cls=OfPhotographs,
+    free={"working_px"},
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 @click.option("--matcher", "name", default="nano", show_default=True, help="Or outdoor, a file.")
 @click.option("--device", default="cpu", show_default=True)
 @click.option(
     "--scenes",
     "folder",
-    type=click.Path(file_okay=False, path_type=Path),
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
     help="Folder of scenes; a truth is not needed.",
 )
 @click.option("--demo/--no-demo", default=True, help="The demo's two scenes too.")

@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 from torch import Tensor
 
+from benchmarks.command import OfPhotographs
 from benchmarks.quality.confusion import share_a_photograph
 from benchmarks.quality.evaluation import Bench, Place, places_of
 from benchmarks.quality.sampling import device_name
@@ -175,7 +176,11 @@ def record_rows(found: dict[str, dict[str, int]], *, device: str, path: Path) ->
     record("rank.gate_true_unsupported_pct", missed, "%", **details)
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(
+    cls=OfPhotographs,
+    free={"capsules"},
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 @bench_options(synthetic=12, seeds=4)
 def main(
     base_name: str,

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from benchmarks.command import OfPhotographs
 from benchmarks.quality.evaluation import Bench, Place, places_of
 from benchmarks.quality.sampling import device_name, drawn, feather_of, job_for
 from benchmarks.quality.selection import spearman
@@ -125,9 +126,14 @@ def table_of(regrets: Sequence[Regret]) -> Table:
     return table
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@bench_options(synthetic=0, seeds=16)
-@click.option("--steps", type=click.IntRange(min=1), help="Else what the base is sampled with.")
+@click.command(
+    cls=OfPhotographs,
+    free={"capsules"},
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+@bench_options(synthetic=10, seeds=32)
+# The two that nano is sampled with leave nothing to look at.
+@click.option("--steps", type=click.IntRange(min=1), default=6, show_default=True)
 def main(
     base_name: str,
     device: str,
@@ -141,7 +147,7 @@ def main(
     capsules: Path,
     rows: Path,
     as_json: bool,
-    steps: int | None,
+    steps: int,
 ) -> None:
     """Measure the regret of seed halving: quality lost against sample-steps saved.
 

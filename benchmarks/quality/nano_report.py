@@ -17,6 +17,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks.command import OfPhotographs
 from benchmarks.quality.fills import CLASSICAL
 from benchmarks.quality.sampling import candidates, device_name
 from benchmarks.quality.trials import Photograph, Trial, held_out, trials
@@ -152,13 +153,14 @@ def record_rows(
         )
 
 
-@click.command()
+@click.command(cls=OfPhotographs)
 @click.option("--base", "base_name", default="nano", show_default=True, help="As for load_base.")
 @click.option("--device", default="cpu", show_default=True)
 @click.option(
     "--scenes",
-    type=click.Path(file_okay=False, path_type=Path),
-    help="Folder of scenes, whose references are used too; it may be absent.",
+    "folder",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Folder of scenes, whose references are used too.",
 )
 @click.option("--holes", type=click.IntRange(min=1), default=50, show_default=True)
 @click.option("--steps", type=click.IntRange(min=1), help="Else what the base is sampled with.")
@@ -169,7 +171,7 @@ def record_rows(
 def main(
     base_name: str,
     device: str,
-    scenes: Path | None,
+    folder: Path | None,
     holes: int,
     steps: int | None,
     seed: int,
@@ -181,7 +183,7 @@ def main(
     console = Console(stderr=as_json)
     try:
         runner = Runner(load_base(base_name, device=device))
-        photographs = held_out(scenes)
+        photographs = held_out(folder)
     except RealFillError as error:
         raise click.ClickException(str(error)) from error
     encoded_psnr_db = autoencoder_psnr_db(runner.base)

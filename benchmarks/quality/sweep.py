@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 from torch import Tensor
 
+from benchmarks.command import OfPhotographs
 from benchmarks.quality.chart import chart
 from benchmarks.quality.evaluation import Bench, Judgement, Place, places_of
 from benchmarks.quality.metric import NETWORKS, Metric, metrics_of
@@ -182,7 +183,11 @@ def record_row(best: Line, *, device: str, path: Path) -> None:
     record(name, best.steps, "steps", better="lower", **peer, device=device, path=path)
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(
+    cls=OfPhotographs,
+    free={"capsules"},
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 @bench_options(synthetic=2, seeds=8)
 @click.option("--metric", "names", multiple=True, type=click.Choice(sorted(NETWORKS)))
 def main(
@@ -203,9 +208,10 @@ def main(
     """Sample the same adapters and seeds with fewer and fewer steps.
 
     \b
-        python -m benchmarks.quality.sweep
+        python -m benchmarks.quality.sweep --scenes ../shared/scenes
         python -m benchmarks.quality.sweep --base sd2 --device cuda --preset paper \\
-            --scenes RealBench --no-demo --synthetic 0 --seeds 64 --metric dreamsim
+            --scenes RealBench --no-demo --synthetic 0 --seeds 64 --metric dreamsim \\
+            --rows realbench.jsonl
     A setting is accepted whose mean is worse than DDPM's with 200 steps by at most that one's
     standard error over the seeds: in DreamSim where it is measured, else in PSNR and SSIM both.
     Adapters and candidates are kept; an interrupted run goes on.

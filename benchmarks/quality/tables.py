@@ -13,6 +13,7 @@ from rich.markdown import Markdown
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
+from benchmarks.command import OfPhotographs
 from benchmarks.quality.chart import chart
 from benchmarks.quality.evaluation import OFFICIAL, SCORES, Bench, Place, places_of
 from benchmarks.quality.metric import NETWORKS, Metric, metrics_of
@@ -35,6 +36,7 @@ TILES = 6
 
 
 FOLDER = click.Path(file_okay=False, path_type=Path)
+SCENES = click.Path(exists=True, file_okay=False, path_type=Path)
 MODEL_OPTIONS = (
     click.option("--base", "base_name", default="nano", show_default=True),
     click.option("--device", default="cpu", show_default=True),
@@ -43,7 +45,7 @@ MODEL_OPTIONS = (
     click.option(
         "--scenes",
         "folder",
-        type=FOLDER,
+        type=SCENES,
         help="RealBench, or any folder of scenes; those with target/gt count.",
     ),
     click.option("--demo/--no-demo", default=True, help="The demo's two scenes too."),
@@ -229,7 +231,11 @@ def record_rows(report: dict[str, Any], *, device: str, path: Path) -> None:
         )
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(
+    cls=OfPhotographs,
+    free={"capsules", "names"},
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 @bench_options(synthetic=10, seeds=128)
 @click.option("--steps", type=click.IntRange(min=1), help="Else what the base is sampled with.")
 @click.option(
@@ -261,7 +267,8 @@ def main(
     Scenes are the demo's two, those of --scenes that have target/gt, and synthetic ones:
         python -m benchmarks.quality.tables --scenes ../shared/scenes
         python -m benchmarks.quality.tables --base sd2 --device cuda --preset paper \\
-            --scenes RealBench --no-demo --synthetic 0 --seeds 64 --metric lpips
+            --scenes RealBench --no-demo --synthetic 0 --seeds 64 --metric lpips \\
+            --rows realbench.jsonl
     Synthetic scenes are trained with 100 steps of the preset, so that there can be many.
 
     An interrupted run goes on: adapters and candidates are kept on disk. Delete OUT/samples after

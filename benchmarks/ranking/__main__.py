@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from benchmarks.command import Measurement
 from benchmarks.engine.timing import quantile, repeated
 from benchmarks.ranking import peer
 from benchmarks.ranking.memory import peak_bytes
@@ -159,7 +160,7 @@ PARTS: dict[str, Callable[[Bench], list[Row]]] = {
 }
 
 
-@click.command()
+@click.command(cls=Measurement, free={"device"})
 @click.option("--source", default="nano", show_default=True, help="nano, outdoor or a file.")
 @click.option("--device", default="cpu", show_default=True)
 @click.option(

@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from benchmarks.command import Measurement
 from benchmarks.record import ROWS
 from benchmarks.soak.contents import Contents, fill
 from benchmarks.soak.driver import Driver
@@ -49,7 +50,7 @@ def _setting(value: str) -> tuple[str, str]:
     return name, text
 
 
-@click.command()
+@click.command(cls=Measurement)
 @click.option("--minutes", type=click.FloatRange(min=0.2), default=30.0, show_default=True)
 @click.option("--scenes", type=click.IntRange(min=1), default=50, show_default=True)
 @click.option("--base", default="nano", show_default=True, help="nano, or a folder.")

@@ -10,6 +10,7 @@ import click
 from rich.console import Console
 from rich.progress import Progress
 
+from benchmarks.command import Measurement
 from benchmarks.record import ROWS, Row, record, table_of
 from benchmarks.training.costs import count_costs
 from benchmarks.training.turns import seconds_in_turns
@@ -101,7 +102,7 @@ def bench_wall(bench: Bench) -> list[Row]:
 PARTS: dict[str, Callable[[Bench], list[Row]]] = {"flops": bench_flops, "wall": bench_wall}
 
 
-@click.command()
+@click.command(cls=Measurement)
 @click.option("--base", default="nano", show_default=True, help="To train on, for the part wall.")
 @click.option(
     "--counted", default="sd2-random", show_default=True, help="Whose operations, for flops."

@@ -36,7 +36,8 @@ def test_steps_are_counted_and_the_first_is_among_all(
 def test_the_command_needs_scenes(tmp_path: Path) -> None:
     """Without any it says what to give, and records nothing."""
     rows = tmp_path / "rows.jsonl"
-    words = ["--no-demo", "--scenes", str(tmp_path), "--rows", str(rows), "--out", str(tmp_path)]
+    words = ["--no-demo", "--synthetic", "0", "--scenes", str(tmp_path)]
+    words += ["--rows", str(rows), "--out", str(tmp_path)]
     answer = CliRunner().invoke(main, words)
     assert answer.exit_code == 1
     assert "has no scene with target/gt" in answer.output
