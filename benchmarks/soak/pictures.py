@@ -64,15 +64,18 @@ class Gallery:
         elif difference:
             self.near += 1
 
-    def alike(self) -> list[tuple[Kind, Kind]]:
-        """Pictures of one scene, steps and seed whose versions differ but which look the same."""
+    def pairs(self) -> list[tuple[Kind, Kind]]:
+        """Kinds of one scene, steps and seed whose versions differ."""
         groups = defaultdict(list)
         for kind in self.kinds:
             groups[kind.scene, kind.steps, kind.seed].append(kind)
+        return [pair for group in groups.values() for pair in itertools.combinations(group, 2)]
+
+    def alike(self) -> list[tuple[Kind, Kind]]:
+        """Pairs of versions whose pictures look the same."""
         return [
             (one, other)
-            for group in groups.values()
-            for one, other in itertools.combinations(group, 2)
+            for one, other in self.pairs()
             if largest_difference(self._first[one], self._first[other]) <= LEVELS
         ]
 

@@ -45,8 +45,17 @@ def wrong_digests(record: Record) -> list[Outcome]:
     return wrong
 
 
-def violations(record: Record, ending: Ending, *, max_growth_pct: float) -> list[str]:
-    """One sentence for each broken promise, none where all were kept."""
+def violations(
+    record: Record, ending: Ending, *, max_growth_pct: float, moving: bool = True
+) -> list[str]:
+    """One sentence for each broken promise, none where all were kept.
+
+    Args:
+        record: What was seen.
+        ending: How the server ended.
+        max_growth_pct: Of memory after the warm-up.
+        moving: Whether aliases were to move; only then are two versions of a scene drawn.
+    """
     promises: list[Callable[[Record], str | None]] = [
         _digests_are_right,
         _pictures_repeat,
@@ -55,8 +64,8 @@ def violations(record: Record, ending: Ending, *, max_growth_pct: float) -> list
         _refusals_say_when_to_return,
         lambda record: _memory_is_flat(record, max_growth_pct),
         _probes_answer,
-        _aliases_move,
-        _the_run_proves_something,
+        lambda record: _aliases_move(record, moving),
+        lambda record: _the_run_proves_something(record, moving),
     ]
     broken = [sentence for promise in promises if (sentence := promise(record)) is not None]
     return broken + _ends_well(ending)
@@ -143,17 +152,25 @@ def _probes_answer(record: Record) -> str | None:
     return f"{len(failures)} of {_of(record.probes, 'probe')} failed, first {failures[0]}."
 
 
-def _aliases_move(record: Record) -> str | None:
-    failures = record.move_failures
-    return f"{_of(len(failures), 'alias move')} failed, first {failures[0]}." if failures else None
+def _aliases_move(record: Record, moving: bool) -> str | None:
+    if failures := record.move_failures:
+        return f"{_of(len(failures), 'alias move')} failed, first {failures[0]}."
+    if moving and not record.moves:
+        return "No alias moved, so that no answer could be of a version from before: run longer."
+    return None
 
 
-def _the_run_proves_something(record: Record) -> str | None:
+def _the_run_proves_something(record: Record, moving: bool) -> str | None:
     """Checks that cannot fail prove nothing."""
     if record.count("answer") == 0:
         return "No request was answered, so nothing was shown: look at the server's log."
     if record.gallery.repeated == 0:
         return "No picture was asked for twice, so nothing was compared: run longer."
+    if moving and not record.gallery.pairs():
+        return (
+            "No two versions of a scene were drawn with one seed, so that a wrong adapter would not"
+            " show: run longer."
+        )
     alike = record.gallery.alike()
     if not alike:
         return None

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from benchmarks.record import findings as findings_of
 from benchmarks.record import read_rows
 from benchmarks.soak.__main__ import main
 from benchmarks.soak.memory import MemorySample
+from benchmarks.soak.outcomes import Outcome
 from benchmarks.soak.plot import RED, plot
 from benchmarks.soak.report import keep, summarize, telling, write
 from benchmarks.soak.run import Findings, Soak, rechecks
@@ -64,6 +66,8 @@ def test_rows_and_files_are_kept(tmp_path: Path) -> None:
         "soak.wrong_digests": 0.0,
         "soak.differing_pictures": 0.0,
         "soak.rss_growth_pct": 0.0,
+        "soak.lost": 0.0,
+        "soak.violations": 0.0,
     }
     assert (rows["soak.rss_growth_pct"].target, rows["soak.rss_growth_pct"].better) == (2, "lower")
     write(tmp_path / "out", findings(), summary)
@@ -71,6 +75,21 @@ def test_rows_and_files_are_kept(tmp_path: Path) -> None:
     assert [json.loads(line)["kind"] for line in outcomes].count("answer") == 3
     assert json.loads((tmp_path / "out/report.json").read_text())["alias_moves"] == 1
     assert (tmp_path / "out/soak.png").stat().st_size > 1000
+
+
+def test_a_failed_soak_misses_its_targets(tmp_path: Path) -> None:
+    """What was lost and what was broken are rows, whatever the other figures are."""
+    seen = sound()
+    seen.sent += [5, 6]
+    seen.outcomes += [
+        Outcome(5, "scene1", "hung", 1.0, 9.0, detail="no answer within 8 s"),
+        Outcome(6, "scene1", "server_error", 1.0, 2.0, detail="500: oh"),
+    ]
+    failed = Findings(seen, Ending(status=None), METRICS, stop_s=1.5)
+    rows = {row.name: row for row in keep(summarize(Soak("nano", 60.0), failed), tmp_path / "rows")}
+    assert (rows["soak.lost"].value, rows["soak.violations"].value) == (2, 2)
+    missed = {finding.name for finding in findings_of(rows.values()) if finding.value is not None}
+    assert missed == {"soak.lost", "soak.violations"}
 
 
 def test_the_plot_draws_memory_where_it_was() -> None:
@@ -101,9 +120,9 @@ def test_rechecks_ask_for_seen_pictures_by_digest() -> None:
         (["--field", "steps"], "not of the form NAME=VALUE"),
     ],
 )
-def test_a_wrong_option_is_explained(words: list[str], message: str) -> None:
+def test_a_wrong_option_is_explained(words: list[str], message: str, tmp_path: Path) -> None:
     """Status 2 and the form that is wanted."""
-    answer = CliRunner().invoke(main, words)
+    answer = CliRunner().invoke(main, [*words, "--rows", str(tmp_path / "rows")])
     assert answer.exit_code == 2
     assert message in answer.output
 

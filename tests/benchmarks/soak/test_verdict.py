@@ -12,7 +12,7 @@ from benchmarks.soak.driver import Record, still_busy
 from benchmarks.soak.ledger import AliasLedger
 from benchmarks.soak.memory import MemorySample
 from benchmarks.soak.outcomes import Outcome
-from benchmarks.soak.pictures import Kind
+from benchmarks.soak.pictures import Gallery, Kind
 from benchmarks.soak.verdict import Ending, violations, wrong_digests
 from tests.fakes import encoded
 
@@ -112,6 +112,17 @@ def _stuck_alias(record: Record) -> None:
     record.move_failures.append("scene1 to version 2: locked")
 
 
+def _no_moves(record: Record) -> None:
+    record.moves = 0
+
+
+def _no_pairs(record: Record) -> None:
+    record.gallery = Gallery()
+    record.gallery.add(KIND, picture(10))
+    record.gallery.add(KIND, picture(11))
+    record.gallery.add(replace(KIND, scene="scene10", digest="c"), picture(200))
+
+
 def _no_answers(record: Record) -> None:
     record.outcomes = [replace(o, kind="throttled", retry_after="1") for o in record.outcomes]
 
@@ -141,6 +152,8 @@ def _invisible_adapters(record: Record) -> None:
         (_deaf_probe, "1 of 40 probes failed, first /readyz at 3.0 s: status 503."),
         (_unprobed, "Readiness and metrics were never asked for"),
         (_stuck_alias, "1 alias move failed, first scene1 to version 2: locked."),
+        (_no_moves, "No alias moved, so that"),
+        (_no_pairs, "No two versions of a scene were drawn with one seed"),
         (_no_answers, "No request was answered"),
         (_no_repeats, "No picture was asked for twice"),
         (_invisible_adapters, "1 pair of pictures by different versions look the same"),
@@ -155,6 +168,14 @@ def test_each_broken_promise_is_one_sentence(
     [said] = violations(record, Ending(status=0), max_growth_pct=1.0)
     assert sentence in said
     assert said.endswith(".")
+
+
+def test_aliases_that_were_not_to_move_need_not_have_moved() -> None:
+    """A run without moves, or of scenes with one version each, makes no pair of versions either."""
+    record = sound()
+    _no_moves(record)
+    _no_pairs(record)
+    assert violations(record, Ending(status=0), max_growth_pct=2.0, moving=False) == []
 
 
 def test_a_bad_ending_is_told() -> None:
