@@ -222,9 +222,26 @@ def table_of(rows: Sequence[Row]) -> Table:
     return table
 
 
+def _short(commit: str) -> str:
+    dirty = surroundings.DIRTY if commit.endswith(surroundings.DIRTY) else ""
+    return commit[:10] + dirty
+
+
+def met_by_a_changed_tree(rows: Iterable[Row]) -> list[str]:
+    """Names whose latest row meets its target, of a tree with changes that no commit has."""
+    return [
+        row.name
+        for row in {row.name: row for row in rows}.values()
+        if row.commit.endswith(surroundings.DIRTY)
+        and (standard := row.standard()) is not None
+        and standard.met_by(row.value)
+    ]
+
+
 def _table(found: list[Finding]) -> Table:
     table = Table(title="Targets missed or not yet measured", title_justify="left")
-    for heading in ("row", "target", "reached", "device", "commit"):
+    table.add_column("row", overflow="fold")
+    for heading in ("target", "reached", "device", "commit"):
         table.add_column(heading, justify="right" if heading in ("target", "reached") else "left")
     for finding in found:
         sign = "≥" if finding.better == "higher" else "≤"
@@ -234,7 +251,7 @@ def _table(found: list[Finding]) -> Table:
             f"{sign} {finding.bound:g} {finding.unit}",
             reached,
             finding.device or "",
-            (finding.commit or "")[:10],
+            _short(finding.commit or ""),
         )
     return table
 
@@ -259,18 +276,22 @@ _rows_option = click.option(
 def targets(path: Path, as_json: bool) -> None:
     """Print every latest row that misses its target and every name without a row."""
     try:
-        found = findings(read_rows(path))
+        rows = read_rows(path)
     except ValueError as error:
         raise click.ClickException(str(error)) from error
+    found = findings(rows)
     if as_json:
         click.echo(json.dumps([asdict(finding) for finding in found], indent=2))
         return
-    if not found:
+    if found:
+        Console().print(_table(found))
+        missed = sum(finding.value is not None for finding in found)
+        click.echo(f"{missed} missed, {len(found) - missed} without a row.")
+    else:
         click.echo(f"All {len(TARGETS)} targets are met.")
-        return
-    Console().print(_table(found))
-    missed = sum(finding.value is not None for finding in found)
-    click.echo(f"{missed} missed, {len(found) - missed} without a row.")
+    if changed := met_by_a_changed_tree(rows):
+        names = ", ".join(changed)
+        click.echo(f"{len(changed)} met by a tree with changes that no commit has: {names}.")
 
 
 @main.command()

@@ -8,6 +8,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -23,6 +24,8 @@ VERSIONS = (
     "bentoml",
     "numpy",
 )
+# Behind the commit of a tree with changes.
+DIRTY = "-dirty"
 CPUINFO = Path("/proc/cpuinfo")
 # By its flags, the widest first.
 INSTRUCTIONS = {
@@ -72,18 +75,41 @@ def versions() -> dict[str, str]:
 
 
 def commit(root: Path = ROOT) -> str:
-    """Commit of the working tree, ``-dirty`` appended when it holds other changes than new rows.
+    """Commit of the working tree at the start, ``-dirty`` appended where other things ran.
 
+    That is where the tree had changes then, or has them now, whether or not they were committed
+    meanwhile; new rows are none. ``unknown`` where the tree is no repository of its own.
     REALFILL_COMMIT overrides it, for a copy of the tree that lacks its history.
     """
     if given := os.environ.get("REALFILL_COMMIT"):
         return given
+    began = _at_start(root)
+    if began == "unknown" or began.endswith(DIRTY):
+        return began
     try:
-        head = _git(root, "rev-parse", "HEAD")
-        changed = _git(root, "status", "--porcelain", "--", ".", ":!benchmarks/results")
+        return f"{began}{DIRTY}" if _changes(root, began) else began
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return f"{head}-dirty" if changed else head
+
+
+@cache
+def _at_start(root: Path) -> str:
+    """What ``commit`` gave when it was first asked for."""
+    try:
+        # An environment may lie in somebody else's repository.
+        if Path(_git(root, "rev-parse", "--show-toplevel")) != root.resolve():
+            return "unknown"
+        head = _git(root, "rev-parse", "HEAD")
+        return f"{head}{DIRTY}" if _changes(root, head) else head
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _changes(root: Path, commit: str) -> str:
+    """Files that differ from those of a commit, and new ones; rows left out."""
+    code = ("--", ".", ":!benchmarks/results")
+    differing = _git(root, "diff", "--name-only", commit, *code)
+    return differing + _git(root, "ls-files", "--others", "--exclude-standard", *code)
 
 
 def _git(root: Path, *words: str) -> str:
@@ -99,3 +125,7 @@ def command() -> str:
     else:
         program = [Path(sys.argv[0]).name]
     return shlex.join([*program, *sys.argv[1:]]).replace(f"{ROOT}/", "")
+
+
+# Whatever is committed while something is measured, this is what runs.
+commit()

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import subprocess
+import sys
 import threading
+from collections.abc import Callable
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -217,25 +219,95 @@ def test_a_machine_is_told_from_another_of_its_name(
     assert surroundings.machine().startswith(f"{processor}, ")
 
 
-def test_commit_tells_a_changed_tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """New rows leave the commit clean; any other change marks it dirty; no history is unknown."""
+@pytest.fixture
+def git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """A repository with one file and one commit, by git's words."""
     monkeypatch.delenv("REALFILL_COMMIT", raising=False)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert surroundings.commit(tmp_path) == "unknown"
 
-    def git(*words: str) -> None:
+    def run(*words: str) -> None:
         identity = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
         subprocess.run(["git", *identity, *words], cwd=tmp_path, check=True, capture_output=True)
 
-    git("init")
+    run("init")
     (tmp_path / "file").write_text("1")
-    git("add", ".")
-    git("commit", "-m", "first")
+    run("add", ".")
+    run("commit", "-m", "first")
+    return run
+
+
+def test_commit_tells_a_changed_tree(git: Callable[..., None], tmp_path: Path) -> None:
+    """New rows leave the commit clean; any other change marks it dirty, new files too."""
     clean = surroundings.commit(tmp_path)
     assert len(clean) == 40
     results = tmp_path / "benchmarks" / "results"
     results.mkdir(parents=True)
     (results / "rows.jsonl").write_text("{}\n")
     assert surroundings.commit(tmp_path) == clean
+    (tmp_path / "new").write_text("1")
+    assert surroundings.commit(tmp_path) == f"{clean}-dirty"
+    (tmp_path / "new").unlink()
     (tmp_path / "file").write_text("2")
     assert surroundings.commit(tmp_path) == f"{clean}-dirty"
+
+
+def test_commit_is_that_of_the_start(git: Callable[..., None], tmp_path: Path) -> None:
+    """What is committed meanwhile is not what ran; only rows may be."""
+    began = surroundings.commit(tmp_path)
+    results = tmp_path / "benchmarks" / "results"
+    results.mkdir(parents=True)
+    (results / "rows.jsonl").write_text("{}\n")
+    git("add", ".")
+    git("commit", "-m", "rows")
+    assert surroundings.commit(tmp_path) == began
+    (tmp_path / "file").write_text("2")
+    git("commit", "-am", "second")
+    assert surroundings.commit(tmp_path) == f"{began}-dirty"
+
+
+def test_a_tree_that_was_dirty_at_the_start_stays_so(
+    git: Callable[..., None], tmp_path: Path
+) -> None:
+    """Though what ran was put away since."""
+    (tmp_path / "file").write_text("2")
+    began = surroundings.commit(tmp_path)
+    assert began.endswith("-dirty")
+    git("checkout", "file")
+    assert surroundings.commit(tmp_path) == began
+
+
+def test_commit_of_another_repository_is_none_of_ours(
+    git: Callable[..., None], tmp_path: Path
+) -> None:
+    """As where the package is installed in an environment that lies in one; nor is there any."""
+    inside = tmp_path / "site-packages"
+    inside.mkdir()
+    assert surroundings.commit(inside) == "unknown"
+    assert surroundings.commit(tmp_path.parent) == "unknown"
+
+
+def test_the_commit_is_read_when_the_module_is(root: Path) -> None:
+    """Before anything is measured."""
+    program = (
+        "import subprocess; asked = []; run = subprocess.run;"
+        "subprocess.run = lambda words, **k: (asked.append(words[0]), run(words, **k))[1];"
+        "import benchmarks.record; print(set(asked))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=root, check=True, capture_output=True, text=True
+    )
+    assert done.stdout == "{'git'}\n"
+
+
+def test_targets_marks_rows_of_a_changed_tree(rows: Path) -> None:
+    """Those that miss in the table, those that meet their target by name below it."""
+    dirty = f"{'0' * 40}-dirty"
+    write(
+        rows,
+        row("demo.main_s", 400, commit=dirty),
+        row("demo.train_s", 100, commit=dirty),
+        row("demo.complete4_s", 1),
+    )
+    outcome = CliRunner().invoke(main, ["targets", "--rows", str(rows)], terminal_width=200)
+    assert "0000000000-dirty" in outcome.output
+    assert "1 met by a tree with changes that no commit has: demo.train_s." in outcome.output
