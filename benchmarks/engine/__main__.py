@@ -16,7 +16,7 @@ from rich.console import Console
 from benchmarks.command import Measurement, on_gpu
 from benchmarks.engine import peers, swaps
 from benchmarks.engine.attention import measure_attention
-from benchmarks.engine.bench import Bench
+from benchmarks.engine.bench import Bench, running
 from benchmarks.engine.limits import flops_per_sample_step, peak_flops_per_s
 from benchmarks.engine.mixing import (
     Mixing,
@@ -34,7 +34,6 @@ from benchmarks.engine.timing import alone, idle_team, quantile, repeated
 from benchmarks.record import ROWS, Row, table_of
 from realfill.base import Base, load_base
 from realfill.errors import RealFillError
-from service.engine import Runner
 from service.engine.layers import is_exact
 from service.engine.runner import Application
 
@@ -280,9 +279,8 @@ def bench_infer(bench: Bench) -> list[Row]:
     """The public script's settings for the same number of images."""
     infer = measure_infer(bench.base, images=max(bench.batches), repeats=bench.repeats)
     job = job_of(bench.base, samples=max(bench.batches), steps=bench.steps)
-    runner = Runner(bench.base)
-    ours_s = repeated(lambda: runner.run(job), bench.repeats, bench.base.device)
-    runner.release()
+    with running(bench.base) as runner:
+        ours_s = repeated(lambda: runner.run(job), bench.repeats, bench.base.device)
     ratio = median(infer.seconds) / median(ours_s)
     return [bench.keep("engine.ratio_infer", ratio, "x", peer=infer.peer, ratio=ratio)]
 

@@ -34,9 +34,8 @@ def measure_attention(
     there = ways(base)
     seconds: dict[Chosen, list[float]] = {way: [] for way in there}
     for way in (*there, *reversed(there)):
-        runner, one, _ = batches(base, 1, samples, rank, attention=way)
-        step = partial(runner.step, one)
-        for turn in range(repeats):
-            seconds[way] += timed(step, base.device, warm_up=turn == 0)
-        runner.release()
+        with batches(base, 1, samples, rank, attention=way) as (runner, one, _):
+            step = partial(runner.step, one)
+            for turn in range(repeats):
+                seconds[way] += timed(step, base.device, warm_up=turn == 0)
     return seconds

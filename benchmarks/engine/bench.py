@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.record import Row, record
 from realfill.base import Base
+from service.engine import Runner
 
 
 @dataclass(frozen=True)
@@ -35,3 +38,13 @@ class Bench:
         """Record a row under its name, or under its name on a GPU."""
         on_cuda = self.base.device.type == "cuda"
         return record(f"{name}.cuda" if on_cuda else name, value, unit, path=self.rows, **details)
+
+
+@contextmanager
+def running(base: Base, **options: Any) -> Iterator[Runner]:
+    """A runner that leaves the base as it was, however the block ends."""
+    runner = Runner(base, **options)
+    try:
+        yield runner
+    finally:
+        runner.release()

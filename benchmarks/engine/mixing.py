@@ -6,7 +6,8 @@ import dataclasses
 import itertools
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
@@ -14,6 +15,7 @@ from statistics import median
 import torch
 
 from benchmarks.engine.adapters import random_adapter
+from benchmarks.engine.bench import running
 from benchmarks.engine.rates import job_of
 from benchmarks.engine.timing import repeated
 from realfill.base import PAPER_MODULES, Base
@@ -86,12 +88,11 @@ def measure_mixing(
         repeats: Timings of each, on a GPU of several steps in a row.
         application: The way of applying adapters.
     """
-    runner, one, groups = batches(base, scenes, samples, rank, application)
-    mixed = [sample for group in groups for sample in group]
-    one_s, mixed_s = _in_turns(
-        runner, repeats, partial(runner.step, one), partial(runner.step, mixed)
-    )
-    runner.release()
+    with batches(base, scenes, samples, rank, application) as (runner, one, groups):
+        mixed = [sample for group in groups for sample in group]
+        one_s, mixed_s = _in_turns(
+            runner, repeats, partial(runner.step, one), partial(runner.step, mixed)
+        )
     return Mixing(one_s, mixed_s)
 
 
@@ -101,18 +102,18 @@ def measure_apart(base: Base, *, scenes: int, samples: int, rank: int, repeats: 
     Args:
         base, scenes, samples, rank, repeats: As for ``measure_mixing``.
     """
-    runner, _, groups = batches(base, scenes, samples, rank)
-    together = [sample for group in groups for sample in group]
+    with batches(base, scenes, samples, rank) as (runner, _, groups):
+        together = [sample for group in groups for sample in group]
 
-    def apart() -> None:
-        for group in groups:
-            runner.step(group)
+        def apart() -> None:
+            for group in groups:
+                runner.step(group)
 
-    together_s, apart_s = _in_turns(runner, repeats, partial(runner.step, together), apart)
-    runner.release()
+        together_s, apart_s = _in_turns(runner, repeats, partial(runner.step, together), apart)
     return Apart(together_s, apart_s)
 
 
+@contextmanager
 def batches(
     base: Base,
     scenes: int,
@@ -120,21 +121,21 @@ def batches(
     rank: int,
     application: Application = "auto",
     attention: Attention = "auto",
-) -> tuple[Runner, list[Sample], list[list[Sample]]]:
+) -> Iterator[tuple[Runner, list[Sample], list[list[Sample]]]]:
     """A runner, a batch of its first scene, and as many samples of all its scenes, by scene."""
     adapters = [random_adapter(base, rank=rank, seed=seed) for seed in range(scenes)]
-    runner = Runner(
+    with running(
         base,
         attention=attention,
         application=application,
         max_samples=samples,
         split_from=samples + 1,
-    )
-    groups = [
-        _begun(runner, base, adapter, f"{k:064d}", samples // scenes)
-        for k, adapter in enumerate(adapters)
-    ]
-    return runner, _begun(runner, base, adapters[0], f"{0:064d}", samples), groups
+    ) as runner:
+        groups = [
+            _begun(runner, base, adapter, f"{k:064d}", samples // scenes)
+            for k, adapter in enumerate(adapters)
+        ]
+        yield runner, _begun(runner, base, adapters[0], f"{0:064d}", samples), groups
 
 
 def _in_turns(

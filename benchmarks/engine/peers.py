@@ -38,12 +38,12 @@ class Hotswaps:
 
 @dataclass(frozen=True)
 class MixedSteps:
-    """Seconds of one U-Net evaluation of a batch by PEFT, in turns.
+    """Seconds of one U-Net evaluation of a batch by PEFT.
 
     Attributes:
         mixed_s: A scene of its own for every sample.
-        single_s: All samples of one scene, by the same layers.
-        fused_s: The same one scene, fused into the weights: no LoRA layer runs.
+        single_s: All samples of one scene, by the same layers, in turns with the former.
+        fused_s: The same one scene, fused into the weights, before those: no LoRA layer runs.
         difference: Largest distance of a mixed sample from the same sample drawn alone with its
             adapter fused our way, as a share of what adapters change.
     """
@@ -109,9 +109,11 @@ def measure_mixed(base: Base, *, batch: int, rank: int, repeats: int) -> MixedSt
     # Of equal length, so that none contains another: hotswap and PEFT match parts of names.
     names = [f"scene_{k:04}" for k in range(batch)]
     swapper = Swapper(base.unet, base.adapter_modules)
-    swapper.apply("0" * 64, adapters[0])
-    fused_s = repeated(lambda: _predict(base, inputs), repeats, base.device)
-    swapper.apply(None, None)
+    try:
+        swapper.apply("0" * 64, adapters[0])
+        fused_s = repeated(lambda: _predict(base, inputs), repeats, base.device)
+    finally:
+        swapper.apply(None, None)
     mixed_s: list[float] = []
     single_s: list[float] = []
     # Before the first is loaded, while the layers still are what their shapes are read from.
@@ -231,10 +233,12 @@ def _ours(base: Base, adapters: Sequence[Adapter], inputs: Tensor) -> tuple[Tens
     swapper = Swapper(base.unet, base.adapter_modules)
     plain = torch.cat([_predict(base, sample) for sample in inputs.split(1)])
     fused = []
-    for k, (adapter, sample) in enumerate(zip(adapters, inputs.split(1), strict=True)):
-        swapper.apply(f"{k:064x}", adapter)
-        fused.append(_predict(base, sample))
-    swapper.apply(None, None)
+    try:
+        for k, (adapter, sample) in enumerate(zip(adapters, inputs.split(1), strict=True)):
+            swapper.apply(f"{k:064x}", adapter)
+            fused.append(_predict(base, sample))
+    finally:
+        swapper.apply(None, None)
     return plain, torch.cat(fused)
 
 

@@ -19,11 +19,12 @@ from torch import Tensor
 from torch._inductor import config as inductor
 from torch._inductor.exc import InductorError
 
+from benchmarks.engine.bench import running
 from benchmarks.engine.timing import quantile, repeated, seconds_of
 from realfill.base import PROMPT, Base
 from realfill.complete.samplers import noise_for
 from realfill.masks import latent_mask
-from service.engine import Job, Runner
+from service.engine import Job
 
 PIPELINE = "diffusers StableDiffusionInpaintPipeline, all seeds in one batch"
 # The schedulers of diffusers that jobs are done with.
@@ -66,12 +67,10 @@ def job_of(base: Base, *, samples: int, steps: int) -> Job:
 
 def sample_steps_per_s(base: Base, batch: int, *, steps: int, repeats: int) -> list[float]:
     """Sample-steps per second of the encoding and all steps of one batch, run after run."""
-    runner = Runner(base, max_samples=batch)
     job = job_of(base, samples=batch, steps=steps)
-    runner.run(job)
-    rates = [job.sample_steps / runner.run(job).sample_s for _ in range(repeats)]
-    runner.release()
-    return rates
+    with running(base, max_samples=batch) as runner:
+        runner.run(job)
+        return [job.sample_steps / runner.run(job).sample_s for _ in range(repeats)]
 
 
 def compare(base: Base, *, samples: int, steps: int, repeats: int) -> list[Comparison]:
@@ -83,7 +82,6 @@ def compare(base: Base, *, samples: int, steps: int, repeats: int) -> list[Compa
     """
     # The peers get layers that compute in their own way, not in the runner's.
     plain = dataclasses.replace(base, unet=copy.deepcopy(base.unet))
-    runner = Runner(base, max_samples=samples)
     job = job_of(base, samples=samples, steps=steps)
     peers: dict[str, Callable[[], object]] = {LOOP: lambda: loop(plain, job, batch=1)}
     if fits_pipeline(base):
@@ -91,12 +89,12 @@ def compare(base: Base, *, samples: int, steps: int, repeats: int) -> list[Compa
     peers[BATCHED_LOOP] = lambda: loop(plain, job, batch=samples)
     ours_s: list[float] = []
     peer_s: dict[str, list[float]] = {peer: [] for peer in peers}
-    for turn in range(repeats):
-        warm_up = int(turn == 0)
-        ours_s += repeated(lambda: runner.run(job), 1, base.device, warm_up=warm_up)
-        for peer, work in peers.items():
-            peer_s[peer] += repeated(work, 1, base.device, warm_up=warm_up)
-    runner.release()
+    with running(base, max_samples=samples) as runner:
+        for turn in range(repeats):
+            warm_up = int(turn == 0)
+            ours_s += repeated(lambda: runner.run(job), 1, base.device, warm_up=warm_up)
+            for peer, work in peers.items():
+                peer_s[peer] += repeated(work, 1, base.device, warm_up=warm_up)
     return [Comparison(peer, ours_s, seconds) for peer, seconds in peer_s.items()]
 
 
@@ -123,11 +121,11 @@ def compare_compiled(base: Base, *, samples: int, steps: int, repeats: int) -> C
     # What was compiled before, for another copy, would be taken again, and is not frozen.
     torch.compiler.reset()
     plain = dataclasses.replace(base, unet=torch.compile(copy.deepcopy(base.unet)))
-    runner = Runner(base, max_samples=samples)
     job = job_of(base, samples=samples, steps=steps)
     ours_s: list[float] = []
     peer_s: list[float] = []
-    with inductor.patch(freezing=base.device.type == "cpu"):
+    freezing = inductor.patch(freezing=base.device.type == "cpu")
+    with running(base, max_samples=samples) as runner, freezing:
         try:
             compile_s = seconds_of(lambda: loop(plain, job, batch=samples), base.device)
         except InductorError as error:
@@ -141,7 +139,6 @@ def compare_compiled(base: Base, *, samples: int, steps: int, repeats: int) -> C
             peer_s += repeated(
                 lambda: loop(plain, job, batch=samples), 1, base.device, warm_up=warm_up
             )
-    runner.release()
     torch.compiler.reset()
     return Compiled(Comparison(COMPILED, ours_s, peer_s), compile_s)
 

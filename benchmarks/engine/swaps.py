@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.engine.adapters import random_adapter
+from benchmarks.engine.bench import running
 from benchmarks.engine.timing import repeated, seconds_of
 from realfill.base import PROMPT, Base
 from realfill.capsule import Adapter
-from service.engine import Runner, Swapper
+from service.engine import Swapper
 from service.engine.weights import Part
 
 # Of what an adapter changes, two ways may differ so much by rounding. In bfloat16 a fifth was seen
@@ -68,28 +69,28 @@ def _resident(
     base: Base, adapters: dict[str, Adapter], repeats: int
 ) -> tuple[list[float], list[float], Tensor]:
     """Seconds of swaps and of making ready, and what the first adapter predicts."""
-    runner = Runner(base)
-    weights = runner.weights
     bring_s = []
-    for digest, adapter in itertools.islice(itertools.cycle(adapters.items()), 12):
-        weights.forget(digest)
-        bring_s.append(seconds_of(partial(weights.bring, digest, adapter), base.device))
-    for digest, adapter in adapters.items():
-        weights.take(digest, adapter)
-    turns = itertools.cycle([[Part(digest, 1)] for digest in adapters])
-    ours_s = repeated(lambda: weights.apply(next(turns)), repeats, base.device)
-    weights.apply([Part(next(iter(adapters)), 1)])
-    ours = _prediction(base)
-    runner.release()
+    with running(base) as runner:
+        weights = runner.weights
+        for digest, adapter in itertools.islice(itertools.cycle(adapters.items()), 12):
+            weights.forget(digest)
+            bring_s.append(seconds_of(partial(weights.bring, digest, adapter), base.device))
+        for digest, adapter in adapters.items():
+            weights.take(digest, adapter)
+        turns = itertools.cycle([[Part(digest, 1)] for digest in adapters])
+        ours_s = repeated(lambda: weights.apply(next(turns)), repeats, base.device)
+        weights.apply([Part(next(iter(adapters)), 1)])
+        ours = _prediction(base)
     return ours_s, bring_s[2:], ours
 
 
 def _merged(base: Base, adapters: dict[str, Adapter], repeats: int) -> list[float]:
     swapper = Swapper(base.unet, base.adapter_modules)
     turns = itertools.cycle(adapters.items())
-    seconds = repeated(lambda: swapper.apply(*next(turns)), repeats, base.device)
-    swapper.apply(None, None)
-    return seconds
+    try:
+        return repeated(lambda: swapper.apply(*next(turns)), repeats, base.device)
+    finally:
+        swapper.apply(None, None)
 
 
 def _diffusers(base: Base, adapters: list[Adapter], repeats: int) -> tuple[list[float], Tensor]:
@@ -103,18 +104,20 @@ def _diffusers(base: Base, adapters: list[Adapter], repeats: int) -> tuple[list[
         base.unet.load_lora_adapter(next(states), prefix=None, adapter_name=loaded[-1])
         base.unet.set_adapters(loaded[-1])
 
-    load()
-    theirs = _prediction(base)
-    base.unet.delete_adapters(loaded.pop())
-    next(states)
-    seconds = repeated(
-        load,
-        repeats,
-        base.device,
-        warm_up=1,
-        after=lambda: base.unet.delete_adapters(loaded.pop()),
-    )
-    base.unet.unload_lora()
+    try:
+        load()
+        theirs = _prediction(base)
+        base.unet.delete_adapters(loaded.pop())
+        next(states)
+        seconds = repeated(
+            load,
+            repeats,
+            base.device,
+            warm_up=1,
+            after=lambda: base.unet.delete_adapters(loaded.pop()),
+        )
+    finally:
+        base.unet.unload_lora()
     return seconds, theirs
 
 
