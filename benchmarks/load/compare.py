@@ -33,7 +33,7 @@ from benchmarks.engine.adapters import random_capsule
 from benchmarks.engine.requests import references_of
 from benchmarks.engine.service import SERVE, hole, png, square_of
 from benchmarks.engine.timing import alone
-from benchmarks.load.driver import Payload, Sample, drive, warm_up
+from benchmarks.load.driver import Outcome, Payload, Sample, drive, warm_up
 from benchmarks.load.local import free_port, serving
 from benchmarks.load.plan import arrivals
 from benchmarks.load.report import Conditions, summarize, write
@@ -52,6 +52,8 @@ OURS, THEIRS = "ours", "peer"
 # Of what a server answers per second one request after the other.
 SHARES = (0.6, 0.8, 1.0, 1.25)
 CANDIDATES = 4
+# Outcomes that are no overload.
+FAULTS: tuple[Outcome, ...] = ("server_error", "rejected", "connection")
 START_S = 300.0
 TIMEOUT_S = 120.0
 # Two pictures of one scene and seed may differ by so much of what two scenes differ by: one server
@@ -171,7 +173,7 @@ def measure(servers: Sequence[Server], load: Load, on_step: Callable[[str], obje
     """Ask both servers in turns, and keep what they did in them.
 
     Raises:
-        RuntimeError: A request that had the server to itself was refused.
+        RuntimeError: A request that had the server to itself was refused, or a server erred.
     """
     for turn in range(2):
         for server in servers:
@@ -184,14 +186,31 @@ def measure(servers: Sequence[Server], load: Load, on_step: Callable[[str], obje
         for server in servers:
             rate = share * server.rate_alone_per_s
             on_step(f"{server.name}, {rate:.2f} requests per second")
-            out = server.out / f"{share:g}"
-            server.levels.append(_level(server.url, load, rate, load.seed + place, out))
+            ask_at(server, load, rate, place=place)
 
 
 def _check_answered(samples: Sequence[Sample]) -> None:
     refused = next((sample for sample in samples if sample.outcome != "ok"), None)
     if refused is not None:
         raise RuntimeError(f"a request alone ended as {refused.outcome}: {refused.error}")
+
+
+def ask_at(server: Server, load: Load, rate_per_s: float, *, place: int) -> None:
+    """Ask a server at one rate, and keep what it did; ``place`` is that of the rate's share.
+
+    Raises:
+        RuntimeError: It erred or died. Being late and refusing with 429 is what overload does.
+    """
+    out = server.out / f"{SHARES[place]:g}"
+    level = _level(server.url, load, rate_per_s, load.seed + place, out)
+    for outcome in FAULTS:
+        if count := level["outcomes"][outcome]:
+            raise RuntimeError(
+                f"{server.name}: {count} requests ended as {outcome.replace('_', ' ')} at"
+                f" {rate_per_s:.2f} per second (first error: {level['first_error']}): see {out} and"
+                " the server's log, and measure again"
+            )
+    server.levels.append(level)
 
 
 def _level(url: str, load: Load, rate_per_s: float, seed: int, out: Path) -> dict[str, Any]:

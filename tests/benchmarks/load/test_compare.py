@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from benchmarks.load.compare import OURS, THEIRS, Server, check_alike, main, rows_of
+from benchmarks.load.compare import OURS, THEIRS, Load, Server, ask_at, check_alike, main, rows_of
+from benchmarks.load.driver import Payload
+from benchmarks.load.local import free_port
+from tests.benchmarks.load.serving import Seen, served
 
 
 def flat(level: float) -> np.ndarray:
@@ -50,6 +53,37 @@ def test_a_peer_without_a_good_answer_gives_no_ratio(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="raise --slo"):
         rows_of(servers, 3.0, "", path)
     assert not path.exists()
+
+
+LOAD = {"duration_s": 0.5, "slo_s": 3.0, "zipf": 0.0, "seed": 0}
+PAYLOAD = Payload(("target.png", b"target"), ("mask.png", b"mask"), {})
+
+
+@pytest.mark.parametrize(("scene", "ended"), [("broken", "server error"), ("absent", "rejected")])
+def test_a_server_that_errs_under_load_is_not_compared(
+    scene: str, ended: str, tmp_path: Path
+) -> None:
+    """Its best rate would be one at which it still stood; the samples stay to be looked at."""
+    load = Load({scene: PAYLOAD}, **LOAD)
+    with served(Seen()) as url, pytest.raises(RuntimeError, match=f"peer: .* {ended}"):
+        ask_at(Server(THEIRS, url, tmp_path), load, 10.0, place=1)
+    assert list(tmp_path.glob("*/samples.jsonl"))
+
+
+def test_a_server_that_died_under_load_is_not_compared(tmp_path: Path) -> None:
+    """Connections that fail are no overload."""
+    load = Load({"tower": PAYLOAD}, **LOAD)
+    nobody = Server(OURS, f"http://127.0.0.1:{free_port()}", tmp_path)
+    with pytest.raises(RuntimeError, match=r"ours: \d+ requests ended as connection"):
+        ask_at(nobody, load, 10.0, place=0)
+
+
+def test_requests_that_are_refused_under_load_count_as_overload(tmp_path: Path) -> None:
+    """429 is what a service answers that has too much to do; it is not good, and no more."""
+    with served(Seen()) as url:
+        busy = Server(OURS, url, tmp_path)
+        ask_at(busy, Load({"busy": PAYLOAD}, **LOAD), 10.0, place=0)
+    assert busy.levels[0]["outcomes"]["throttled"] == busy.levels[0]["requests"] > 0
 
 
 @pytest.mark.slow
