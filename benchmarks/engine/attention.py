@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import get_args
 
-from benchmarks.engine.mixing import batches, timed
+from benchmarks.engine.mixing import batches, check_timings, timed
 from realfill.base import Base
 from service.engine.attention import Chosen, xformers_obstacle
 
@@ -31,6 +31,7 @@ def measure_attention(
         rank: Of its adapter.
         repeats: Timings of each in either direction, on a GPU of several steps in a row.
     """
+    check_timings(repeats + 1, base.device)
     there = ways(base)
     seconds: dict[Chosen, list[float]] = {way: [] for way in there}
     for way in (*there, *reversed(there)):

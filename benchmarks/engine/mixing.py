@@ -7,6 +7,7 @@ import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -20,13 +21,13 @@ from benchmarks.engine.rates import job_of
 from benchmarks.engine.timing import repeated
 from realfill.base import PAPER_MODULES, Base
 from realfill.capsule import Adapter
-from service.engine import Engine, Job, Runner
+from service.engine import Engine, Job, Runner, Sampled
 from service.engine.attention import Attention
 from service.engine.runner import Application
 from service.engine.sample import Sample
 
-# More than any measurement makes, so that no sample is finished before its end, and fewer than the
-# timesteps that a scheduler has.
+# So many that no sample is finished before a measurement's end (those that would make more are
+# refused), and fewer than the timesteps that a scheduler has.
 MANY_STEPS = 800
 # Timed as one. A GPU is given the next step before it is through with the last, as by the lane;
 # otherwise what the host does for a single step would count, and its noise.
@@ -146,13 +147,32 @@ def _in_turns(
     What comes before moves a GPU's clock: who always follows the other might find a slower one.
     """
     seconds: tuple[list[float], list[float]] = ([], [])
+    # Where weights are merged in place, and steps have buffers of their own, only the second
+    # step in a row is one of a batch that stays as it is.
+    always_warm = runner.weights.name == "segmented"
+    check_timings(2 * repeats if always_warm else repeats + 1, runner.base.device)
     for turn in range(repeats):
-        # Where weights are merged in place, and steps have buffers of their own, only the second
-        # step in a row is one of a batch that stays as it is.
-        warm_up = turn == 0 or runner.weights.name == "segmented"
+        warm_up = turn == 0 or always_warm
         for way in (0, 1) if turn % 2 == 0 else (1, 0):
             seconds[way].extend(timed(steps[way], runner.base.device, warm_up=warm_up))
     return seconds
+
+
+def check_timings(timings: int, device: torch.device) -> None:
+    """Whether samples have steps for so many timings, warm-ups included.
+
+    Raises:
+        RuntimeError: They have not.
+    """
+    _check_steps(timings * IN_A_ROW[device.type])
+
+
+def _check_steps(needed: int) -> None:
+    if needed > MANY_STEPS:
+        raise RuntimeError(
+            f"this takes {needed} steps of samples that have {MANY_STEPS}: give fewer --repeats or"
+            " --steps"
+        )
 
 
 def timed(step: Callable[[], None], device: torch.device, *, warm_up: bool) -> list[float]:
@@ -213,7 +233,12 @@ def measure_waits(base: Base, *, samples: int, steps: int, repeats: int) -> Wait
         samples: Of the large job.
         steps: Of the small jobs, of one sample each.
         repeats: Small jobs, one after the other.
+
+    Raises:
+        RuntimeError: The large job was over before the last small one, or would be.
     """
+    # Those alone, and those that small jobs join, with the one that is under way when they come.
+    _check_steps(repeats + 1 + repeats * (steps + 1))
     small = _job(base, 1, steps)
     waits = Waits([], [], [], [])
     with Engine(base, max_samples=samples + 1) as engine:
@@ -228,6 +253,7 @@ def measure_waits(base: Base, *, samples: int, steps: int, repeats: int) -> Wait
         )
         running = engine.submit(large)
         while len(steps_of.ticks) < repeats + 1:
+            _check_busy(running)
             time.sleep(0.005)
         ticks = list(steps_of.ticks)
         waits.step_s.extend(later - sooner for sooner, later in itertools.pairwise(ticks))
@@ -238,9 +264,17 @@ def measure_waits(base: Base, *, samples: int, steps: int, repeats: int) -> Wait
             engine.submit(job).result()
             waits.answer_s.append(time.perf_counter() - began)
             waits.join_s.append(clock.ticks[0] - began)
+            _check_busy(running)
         large.cancel.set()
         running.exception()
     return waits
+
+
+def _check_busy(running: Future[Sampled]) -> None:
+    if running.done():
+        raise RuntimeError(
+            "the large job was over before all small ones were: give fewer --repeats or --steps"
+        ) from running.exception()
 
 
 @dataclass(frozen=True)

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
 
 from benchmarks.engine import __main__ as parts
-from benchmarks.engine import peers, rates, swaps
+from benchmarks.engine import mixing, peers, rates, swaps
 from benchmarks.engine.adapters import random_adapter
 from benchmarks.engine.attention import measure_attention
 from benchmarks.engine.bench import Bench
-from benchmarks.engine.mixing import measure_apart, measure_mixing
+from benchmarks.engine.mixing import measure_apart, measure_mixing, measure_waits
 from benchmarks.engine.peers import Extrapolation
 from realfill.base import Base
-from service.engine import Runner, Swapper
+from service.engine import Engine, Job, Runner, Sampled, Swapper
 from tests.tiny import tiny_base
 
 
@@ -101,3 +103,33 @@ def test_a_swap_that_fails_is_taken_back(name: str, monkeypatch: pytest.MonkeyPa
         SWAPS[name](tiny_base())
     assert applied[-1] is None
     assert applied[-2] is not None
+
+
+def test_waits_beside_a_job_that_is_over_are_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An idle lane would pass for a busy one; more steps than the job has are refused at once."""
+    base = tiny_base()
+    with pytest.raises(RuntimeError, match=r"takes 809 steps .* have 800: give fewer"):
+        measure_waits(base, samples=1, steps=200, repeats=4)
+    monkeypatch.setattr(mixing, "MANY_STEPS", 20)
+    submit = Engine.submit
+
+    def late(engine: Engine, job: Job) -> Future[Sampled]:
+        if len(job.seeds) == 1 and job.on_step is not None:
+            # Until the large job has made its steps.
+            time.sleep(1.5)
+        return submit(engine, job)
+
+    monkeypatch.setattr(Engine, "submit", late)
+    with pytest.raises(RuntimeError, match="was over before"):
+        measure_waits(base, samples=2, steps=1, repeats=2)
+
+
+def test_more_steps_than_a_sample_has_are_refused() -> None:
+    """On a CPU once for each timing, and twice where weights are merged in place."""
+    base = tiny_base()
+    with pytest.raises(RuntimeError, match=r"takes 801 steps .* have 800"):
+        measure_mixing(base, scenes=1, samples=1, rank=2, repeats=800)
+    with pytest.raises(RuntimeError, match=r"takes 802 steps .* have 800"):
+        measure_mixing(base, scenes=1, samples=1, rank=2, repeats=401, application="segmented")
+    with pytest.raises(RuntimeError, match=r"takes 801 steps .* have 800"):
+        measure_attention(base, samples=1, rank=2, repeats=800)
