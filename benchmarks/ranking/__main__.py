@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from benchmarks import surroundings
 from benchmarks.command import Measurement
 from benchmarks.engine.timing import quantile, repeated
 from benchmarks.ranking import peer
@@ -146,10 +147,14 @@ def bench_truth(bench: Bench) -> list[Row]:
     check = check_stereo(bench.matcher)
     if check.matches < LEAST_MATCHES:
         raise RuntimeError(f"{check.matches} matches of the true pair, {LEAST_MATCHES} are needed")
-    # Accuracy is a matter of weights, not of the device.
+    # Accuracy is a matter of weights: its name has no device, and only the row says which it was.
+    device = surroundings.device(bench.device.type == "cuda")
     return [
-        record("rank.motorcycle_precision", check.precision, "share", path=bench.rows),
-        record("rank.motorcycle_matches", check.matches, "matches", path=bench.rows),
+        record(name, value, unit, device=device, path=bench.rows)
+        for name, value, unit in (
+            ("rank.motorcycle_precision", check.precision, "share"),
+            ("rank.motorcycle_matches", check.matches, "matches"),
+        )
     ]
 
 

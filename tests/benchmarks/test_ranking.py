@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
 from click.testing import CliRunner
 
+from benchmarks import surroundings
 from benchmarks.ranking import peer
 from benchmarks.ranking.__main__ import bench_speed, bench_truth, main, prepared, ranker
 from benchmarks.ranking.memory import peak_bytes
@@ -48,6 +49,21 @@ def test_unequal_counts_are_not_timed(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="60 are needed"):
         bench_truth(replace(bench, matcher=bench.torch_matcher))
     assert not (tmp_path / "rows").exists()
+
+
+def test_truth_names_the_device_that_matched(tmp_path: Path) -> None:
+    """Its rows have one name for all devices, since precision is a matter of weights."""
+
+    @dataclass(frozen=True)
+    class OnCuda:
+        device = torch.device("cuda")
+
+    bench = prepared("nano", "cpu", candidates=1, repeats=1, rows=tmp_path / "rows")
+    assert {row.device for row in bench_truth(bench)} == {"cpu"}
+    elsewhere = replace(bench, torch_matcher=OnCuda())  # type: ignore[arg-type]
+    found = {row.name: row.device for row in bench_truth(elsewhere)}
+    assert set(found) == {"rank.motorcycle_precision", "rank.motorcycle_matches"}
+    assert set(found.values()) == {surroundings.device(cuda=True)}
 
 
 def test_the_peak_is_that_of_the_call() -> None:
