@@ -195,6 +195,7 @@ def test_the_nano_report_measures_fills_and_draws_a_sheet(tmp_path: Path) -> Non
 def test_a_missing_base_is_said_in_one_sentence(tmp_path: Path) -> None:
     """No traceback, and a status that is not 0."""
     words = ["--base", str(tmp_path / "absent"), "--out", str(tmp_path / "out")]
+    words += ["--rows", str(tmp_path / "rows.jsonl")]
     answer = CliRunner().invoke(nano_report.main, words)
     assert answer.exit_code == 1
     assert "No base" in answer.output

@@ -177,10 +177,14 @@ def test_the_command_writes_report_tables_sheets_and_rows(
     assert json.loads((out / "tables.json").read_text()) == report
 
 
-def test_a_metric_without_weights_stops_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_metric_without_weights_stops_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One sentence, no traceback."""
     monkeypatch.delenv("REALFILL_LPIPS", raising=False)
-    run = CliRunner().invoke(tables.main, ["--metric", "lpips", "--synthetic", "1", "--no-demo"])
+    words = ["--metric", "lpips", "--synthetic", "1", "--no-demo"]
+    words += ["--rows", str(tmp_path / "rows.jsonl"), "--out", str(tmp_path / "out")]
+    run = CliRunner().invoke(tables.main, words)
     assert run.exit_code == 1
     assert "set REALFILL_LPIPS" in run.output
     assert "Traceback" not in run.output
