@@ -16,8 +16,9 @@ from typing import Any
 
 from sqlalchemy import Connection, Engine, create_engine, event, inspect, text
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
+from sqlalchemy.exc import ArgumentError, DBAPIError, DisconnectionError, NoSuchModuleError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.pool import ConnectionPoolEntry
 
 from registry.errors import StorageUnavailable
 from registry.schema import REVISION
@@ -211,10 +212,10 @@ class _Watch:
     """
 
     def __init__(self, engine: Engine) -> None:
-        self._engine = engine
         self._file = Path(str(engine.url.database)).absolute()
-        self._known: tuple[int, int] | None = None
+        self._opened = False
         event.listen(engine, "connect", self._note)
+        event.listen(engine, "checkout", self._check)
 
     def look(self) -> None:
         """Before a connection is used.
@@ -222,18 +223,21 @@ class _Watch:
         Raises:
             StorageUnavailable: The file is gone.
         """
-        present = self._identity()
-        if self._known is None or self._known == present:
-            return
-        if present is None:
+        if self._opened and self._identity() is None:
             raise StorageUnavailable(
                 f"The registry's database {self._file} is gone, or its directory was moved: put it "
                 "back, or start again with the new place; nothing was changed."
             )
-        self._engine.dispose()
 
-    def _note(self, *_: object) -> None:
-        self._known = self._identity()
+    def _note(self, _: sqlite3.Connection, record: ConnectionPoolEntry) -> None:
+        record.info["file"] = self._identity()
+        self._opened = True
+
+    def _check(self, _: sqlite3.Connection, record: ConnectionPoolEntry, __: object) -> None:
+        """Let the pool open a connection anew that belongs to another file."""
+        known = record.info["file"]
+        if known is not None and known != self._identity():
+            raise DisconnectionError
 
     def _identity(self) -> tuple[int, int] | None:
         """Device and number of the file; None where there is none."""

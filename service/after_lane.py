@@ -22,7 +22,7 @@ FRESH_S = 30.0
 
 @dataclass
 class Seen:
-    """Moving mean of some seconds, how far they lie from it, and the fewest.
+    """Moving mean of some seconds, how far they lie from it, and about the fewest of late.
 
     Attributes:
         at: When it was learned last, on ``time.monotonic``'s clock.
@@ -30,14 +30,15 @@ class Seen:
 
     mean_s: float
     at: float
+    fewest_s: float
     deviation_s: float = 0.0
-    fewest_s: float = np.inf
 
     def learn(self, seconds: float, at: float) -> None:
         """Take in one more."""
-        self.fewest_s = min(self.fewest_s, seconds)
-        most_s = MOST_GROWTH * max(self.expected_s, LEAST_S)
-        off = min(seconds, most_s) - self.mean_s
+        seconds = min(seconds, MOST_GROWTH * max(self.expected_s, LEAST_S))
+        # It rises again, so that one that had little to do does not count for ever.
+        self.fewest_s = min(seconds, self.fewest_s + NEWEST * (seconds - self.fewest_s))
+        off = seconds - self.mean_s
         self.mean_s += NEWEST * off
         self.deviation_s += NEWEST * (abs(off) - self.deviation_s)
         self.at = at
@@ -49,7 +50,9 @@ class Seen:
 
 
 class AfterLane:
-    """What completions took, by number of candidates; others lie between, or are as the nearest.
+    """What completions took, by number of candidates.
+
+    Other numbers lie between, or are in proportion to the nearest.
 
     Source: van Jacobson, "Congestion Avoidance and Control", 1988 (mean and mean deviation).
     """
@@ -62,7 +65,7 @@ class AfterLane:
         """Take in what one completion took, from the lane's answer on."""
         now = time.monotonic()
         with self._lock:
-            self._seen.setdefault(candidates, Seen(seconds, now)).learn(seconds, now)
+            self._seen.setdefault(candidates, Seen(seconds, now, seconds)).learn(seconds, now)
             self._seen = {n: seen for n, seen in self._seen.items() if now - seen.at <= FRESH_S}
 
     def expected_s(self, candidates: int) -> float:
@@ -71,7 +74,7 @@ class AfterLane:
             return self._between(candidates, {n: s.expected_s for n, s in self._seen.items()})
 
     def least_s(self, candidates: int) -> float:
-        """The fewest seconds that one took; 0 where none was seen of late."""
+        """About the fewest seconds that one took; 0 where none was seen of late."""
         since = time.monotonic() - FRESH_S
         with self._lock:
             fresh = {n: seen.fewest_s for n, seen in self._seen.items() if seen.at >= since}
@@ -82,4 +85,6 @@ class AfterLane:
         counts = sorted(known)
         if not counts:
             return 0.0
-        return float(np.interp(candidates, counts, [known[count] for count in counts]))
+        nearest = min(max(candidates, counts[0]), counts[-1])
+        seconds = float(np.interp(nearest, counts, [known[count] for count in counts]))
+        return seconds * candidates / nearest

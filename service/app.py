@@ -6,6 +6,7 @@ a worker needs it.
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import signal
@@ -28,6 +29,8 @@ settings = load_settings()
 
 # BentoML's own timeout is a net below ours: it answers in another shape and cancels no thread.
 _NET_S = 30.0
+# Of Linux' <sys/prctl.h>.
+_PR_SET_PDEATHSIG = 1
 
 
 class Front:
@@ -129,6 +132,7 @@ class Completer:
         from service.middleware import log_to_stderr
 
         log_to_stderr()
+        _end_with_the_supervisor()
         try:
             # In a thread that ends: the team that loads the base would slow the lane's down.
             with ThreadPoolExecutor(1, "builder") as builder:
@@ -165,6 +169,15 @@ class Completer:
 
 
 Completer.add_asgi_middleware(ProbesFirst)  # type: ignore[attr-defined]
+
+
+def _end_with_the_supervisor() -> None:
+    """Let this process be told to end when its supervisor has, also where that was killed.
+
+    It would go on otherwise, in a session of its own, and hold the port. Linux alone knows how.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _give_up(error: Exception) -> NoReturn:

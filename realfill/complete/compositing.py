@@ -254,7 +254,7 @@ def _seen(
 
 def _shrink(planes: Tensor, rows: int, columns: int) -> Tensor:
     """Antialiased bilinear resize: its weights are never negative. [C, rows, columns]"""
-    return F.interpolate(planes[None], (rows, columns), mode="bilinear", antialias=True)[0]
+    return _resized(planes[None], rows, columns, "bilinear")[0]
 
 
 def paste(
@@ -364,9 +364,9 @@ def _resized_part(samples: Tensor, side: int, rows: slice, columns: slice) -> Te
         return samples[..., rows, columns]
     for axis in sorted((-1, -2), key=lambda axis: _length(columns if axis == -1 else rows)):
         if axis == -1:
-            samples = _grow(samples, samples.shape[-2], side)[..., columns]
+            samples = _resized(samples, samples.shape[-2], side, "bicubic")[..., columns]
         else:
-            samples = _grow(samples, side, samples.shape[-1])[..., rows, :]
+            samples = _resized(samples, side, samples.shape[-1], "bicubic")[..., rows, :]
     return samples.clamp(0, 1)
 
 
@@ -374,8 +374,12 @@ def _length(part: slice) -> int:
     return int(part.stop - part.start)
 
 
-def _grow(samples: Tensor, rows: int, columns: int) -> Tensor:
-    return F.interpolate(samples, (rows, columns), mode="bicubic", antialias=True)
+def _resized(planes: Tensor, rows: int, columns: int, mode: str) -> Tensor:
+    """Antialiased. [N, C, h, w] to [N, C, rows, columns]"""
+    if planes.shape[-1] == columns == 1:
+        # Columns of which there is one, and stays one, torch 2.13 resizes wrongly on a CPU.
+        return F.interpolate(planes.mT, (columns, rows), mode=mode, antialias=True).mT
+    return F.interpolate(planes, (rows, columns), mode=mode, antialias=True)
 
 
 def _span(

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections import Counter
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 Flow = tuple[str, str | None]
+Key = TypeVar("Key", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -47,11 +50,10 @@ class Batcher:
     is done comes behind those that can still be in time.
 
     Every batch, each tenant with ready samples earns the same share of the places, divided evenly
-    among its scenes. A flow (a tenant's scene) spends what it has earned in whole places and keeps
-    the rest for later batches; places that nobody has earned go to whoever has earned most. Who got
-    all that it had use for keeps no more than a place: what it leaves pays for those who took it,
-    since nobody else wanted it. A flow that was not there begins with one place, so that it is in
-    the very next batch.
+    among its scenes; what one has no use for is divided among the others of that tenant first. A
+    flow (a tenant's scene) spends what it has earned in whole places and keeps the rest for later
+    batches; places that nobody has earned go to whoever has earned most. A flow that was not there
+    begins with one place, so that it is in the very next batch.
 
     Within a flow the jobs that came first go first: they end sooner than if all were advanced
     evenly, and nobody ends later.
@@ -98,11 +100,17 @@ class Batcher:
 
     def _earn(self, flows: dict[Flow, list[Ready]], places: int) -> None:
         """Give every flow its share; who has nothing to do keeps nothing."""
-        tenants = [tenant for tenant, _ in flows]
+        wanted = {flow: sum(job.count for job in jobs) for flow, jobs in flows.items()}
+        of_tenants: Counter[str] = Counter()
+        for (tenant, _), count in wanted.items():
+            of_tenants[tenant] += count
+        shares: dict[Flow, float] = {}
+        for tenant, part in evenly(of_tenants, places).items():
+            mine = {flow: count for flow, count in wanted.items() if flow[0] == tenant}
+            shares |= evenly(mine, part)
         bound = float(self.places)
         earned = {}
-        for flow in flows:
-            share = places / len(set(tenants)) / tenants.count(flow[0])
+        for flow, share in shares.items():
             # A new flow has its place at once, however many there are.
             before = self._earned.get(flow, max(0.0, 1.0 - share))
             earned[flow] = min(bound, max(-bound, before + share))
@@ -123,21 +131,7 @@ class Batcher:
                 break
             flow = max(wanting, key=lambda flow: self._earned[flow])
             places -= self._spend(flow, 1, shares, open_)
-        self._hand_on([flow for flow in flows if not open_[flow]])
         return shares
-
-    def _hand_on(self, served: list[Flow]) -> None:
-        """Let what the wholly served have no use for pay the debts of others."""
-        spare = 0.0
-        for flow in served:
-            kept = min(self._earned[flow], 1.0)
-            spare += self._earned[flow] - kept
-            self._earned[flow] = kept
-        owed = -sum(earned for earned in self._earned.values() if earned < 0)
-        paid = min(1.0, spare / owed) if owed else 0.0
-        for flow, earned in self._earned.items():
-            if earned < 0:
-                self._earned[flow] = earned * (1 - paid)
 
     def _spend(
         self, flow: Flow, count: int, shares: dict[Flow, int], open_: dict[Flow, int]
@@ -146,3 +140,12 @@ class Batcher:
         open_[flow] -= count
         self._earned[flow] -= count
         return count
+
+
+def evenly(wanted: Mapping[Key, int], places: float) -> dict[Key, float]:
+    """Divide places evenly among those who want some; nobody gets more than it wants."""
+    shares: dict[Key, float] = {}
+    for key in sorted(wanted, key=lambda key: wanted[key]):
+        shares[key] = min(float(wanted[key]), places / (len(wanted) - len(shares)))
+        places -= shares[key]
+    return shares

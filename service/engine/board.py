@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from service.engine.task import Task
 from service.engine.weights import Weights
@@ -29,6 +31,7 @@ class Board:
         self.open = False
         self.failure: BaseException | None = None
         self.to_forget: set[str] = set()
+        self._coming: Counter[str] = Counter()
         self.counts = dict.fromkeys(OUTCOMES, 0)
 
     def __len__(self) -> int:
@@ -51,11 +54,23 @@ class Board:
         with self.changed:
             return sum(task.sample_steps_left for task in [*self.waiting, *self.running])
 
+    @contextmanager
+    def bringing(self, digest: str) -> Iterator[None]:
+        """An adapter is made ready meanwhile, also if the job that it is for goes away."""
+        with self.changed:
+            self._coming[digest] += 1
+        try:
+            yield
+        finally:
+            with self.changed:
+                self._coming -= Counter([digest])
+
     def digests(self) -> set[str]:
-        """Of the adapters that jobs wait for or run with."""
+        """Of the adapters that jobs wait for or run with, or that are made ready."""
         with self.changed:
             tasks = [*self.waiting, *self.running]
-            return {task.job.digest for task in tasks if task.job.digest is not None}
+            named = {task.job.digest for task in tasks if task.job.digest is not None}
+            return named | set(self._coming)
 
     def samples(self) -> int:
         """Of all jobs, decoded or not."""

@@ -160,7 +160,8 @@ class Engine:
             raise refusal
         try:
             if job.digest is not None and job.adapter is not None:
-                self.runner.weights.bring(job.digest, job.adapter, spare=board.digests())
+                with board.bringing(job.digest):
+                    self.runner.weights.bring(job.digest, job.adapter, spare=board.digests())
         except Exception as error:  # noqa: BLE001  # whoever submitted the job gets it
             board.withdraw(task, error)
         board.notify()
@@ -189,16 +190,17 @@ class Engine:
     def backlog_s(self) -> float | None:
         """Expected seconds until all that was submitted is done, None before the calibration.
 
-        A job with a deadline has left by then, whatever it asked for.
+        Jobs with deadlines have left by then, whatever they asked for.
         """
-        total, now = 0.0, time.monotonic()
         with self._board.changed:
-            for task in [*self._board.waiting, *self._board.running]:
-                needs = self.cost.seconds_for(task.sample_steps_left, len(task.job.seeds))
-                if needs is None:
-                    return None
-                left = math.inf if task.job.deadline is None else task.job.deadline - now
-                total += max(0.0, min(needs, left))
+            tasks = [*self._board.waiting, *self._board.running]
+        total, now = 0.0, time.monotonic()
+        for task in sorted(tasks, key=lambda task: task.job.deadline or math.inf):
+            needs = self.cost.seconds_for(task.sample_steps_left, len(task.job.seeds))
+            if needs is None:
+                return None
+            left = math.inf if task.job.deadline is None else task.job.deadline - now
+            total = min(total + needs, max(total, left))
         return total
 
     def metrics(self) -> EngineMetrics:

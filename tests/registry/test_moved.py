@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -39,3 +41,22 @@ def test_another_registry_at_the_same_place_is_seen(tmp_path: Path) -> None:
         held.resolve("tower")
     assert held.publish(capsule(scene="square")).number == 1
     assert [scene.name for scene in Registry.open(place).scenes()] == ["bridge", "square"]
+
+
+def test_every_connection_notices_that_the_file_is_another(tmp_path: Path) -> None:
+    """Not only the one that is used first after it."""
+    place = tmp_path / "registry"
+    held = Registry.open(place)
+    held.publish(capsule())
+    barrier = threading.Barrier(4)
+
+    def names(_: int) -> list[str]:
+        barrier.wait()
+        return [scene.name for scene in held.scenes()]
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(names, range(4))) == [["tower"]] * 4
+        place.rename(tmp_path / "away")
+        Registry.open(place).publish(capsule(scene="bridge"))
+        for _ in range(3):
+            assert list(pool.map(names, range(4))) == [["bridge"]] * 4

@@ -208,6 +208,29 @@ def test_a_terminal_that_closes_ends_the_service(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(240)
+def test_a_supervisor_that_is_killed_takes_the_service_along(tmp_path: Path) -> None:
+    """As one is that takes too much memory: its worker does not go on, and gives the port back."""
+    port = _free_port()
+    command = _start(tmp_path, save_tiny_base(tmp_path / "base"), port)
+    try:
+        with Client(f"http://127.0.0.1:{port}") as client:
+            until = time.monotonic() + STARTED_WITHIN_S
+            while not client.ready():
+                assert time.monotonic() < until, (tmp_path / "log").read_text()
+                time.sleep(0.2)
+            children = Path(f"/proc/{command.pid}/task/{command.pid}/children")
+            os.kill(int(children.read_text()), signal.SIGKILL)
+            assert command.wait(30) == 2
+            until = time.monotonic() + 30
+            while client.ready():
+                assert time.monotonic() < until
+                time.sleep(0.1)
+    finally:
+        if command.poll() is None:
+            _end(command)
+
+
+@pytest.mark.timeout(240)
 def test_a_missing_base_ends_the_service_with_one_sentence(tmp_path: Path) -> None:
     """It does not respawn workers for ever."""
     server = _start(tmp_path, tmp_path / "nowhere", 0)

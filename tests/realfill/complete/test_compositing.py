@@ -358,3 +358,30 @@ def test_a_thread_of_pixels_is_refused() -> None:
     mask[:, 10:-10] = 1
     with pytest.raises(InvalidScene, match=r"1000000x16 pixels needs a window .*: crop the image"):
         window_of(mask, 128)
+
+
+@pytest.mark.parametrize("upright", [True, False])
+def test_a_hole_one_pixel_wide_gets_the_samples_pixels(upright: bool) -> None:
+    """A column, or a row, of a ramp that runs along it."""
+    mask = torch.zeros(300, 400)
+    mask[50:250, 200] = 1
+    ramp = torch.linspace(0, 1, 64)[:, None].expand(1, 3, 64, 64)
+    if not upright:
+        mask, ramp = mask.mT.contiguous(), ramp.mT.contiguous()
+    window = window_of(mask, 64)
+    filled = paste(ramp, window, torch.zeros(3, *mask.shape), mask, 0)[0, 0]
+    line = filled[mask > 0]
+    assert line[0] == pytest.approx(50 / 300, abs=0.02)
+    assert line[-1] == pytest.approx(250 / 300, abs=0.02)
+    assert bool((line.diff() > 0).all())
+
+
+def test_an_image_one_pixel_wide_keeps_its_hole() -> None:
+    """No missing pixel counts as known."""
+    mask = torch.zeros(40, 1)
+    mask[10:20] = 1
+    window = window_of(mask, 32)
+    assert crop_mask(mask, window, 32)[8:16].all()
+    image = torch.linspace(0, 1, 40)[None, :, None].expand(3, 40, 1)
+    seen = crop(image, window, 32)
+    assert bool((seen.diff(dim=1) > 0).all())

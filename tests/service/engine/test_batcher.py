@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -121,3 +122,16 @@ def test_places_that_nobody_wanted_are_no_debt() -> None:
     crowd = [of("a", 1), of("b", 16), *(of(f"new{k}", 16) for k in range(14))]
     got = [batcher.choose(crowd).get("b", 0) for _ in range(12)]
     assert got == [1] * 12
+
+
+def test_tenants_share_evenly_whatever_their_scenes_have_use_for() -> None:
+    """A scene with one sample leaves its tenant's other scene the rest of the tenant's half."""
+    batcher = Batcher(16)
+    total: Counter[str] = Counter()
+    jobs = [of("a1", 1, tenant="a"), of("a2", 16, tenant="a")]
+    jobs += [of(f"b{k}", 16, tenant="b") for k in range(4)]
+    for _ in range(300):
+        for key, count in batcher.choose(jobs).items():
+            total[str(key)[0]] += count
+    assert total["a"] == pytest.approx(2400, abs=16)
+    assert total["b"] == pytest.approx(2400, abs=16)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from realfill.base import Base
 from service.engine import Engine
 from service.engine.lane import PRUDENCE
+from service.engine.task import Task
 from service.errors import DeadlineExceeded, QueueFull
 from tests.service.engine.test_lane import WAIT_S, Blocker, job_for
 from tests.tiny import tiny_base
@@ -119,6 +121,11 @@ def test_a_job_with_a_deadline_is_no_longer_in_the_way_than_until_then(base: Bas
         blocker.submit(engine)
         engine.cost.calibrate([1], lambda size: 10.0 / engine.cost.drift, lambda: 0.0)
         assert engine.backlog_s() == pytest.approx(60, abs=5)
+        # They are drawn together, and all gone by then.
+        beside = job_for(base, seeds=(1,), steps=50, deadline=time.monotonic() + 70)
+        engine._board.waiting += [Task(beside, Future(), 0.0) for _ in range(3)]
+        assert engine.backlog_s() == pytest.approx(70, abs=5)
+        engine._board.waiting.clear()
         later = engine.submit(job_for(base, seeds=(1,), steps=1, deadline=time.monotonic() + 80))
         blocker.release.set()
         assert later.result(WAIT_S).seeds == (1,)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -62,6 +64,34 @@ def test_adapter_that_is_forgotten_while_jobs_wait_leaves_after_the_last(
         while engine.runner.weights.traces() and time.monotonic() < ends:
             time.sleep(0.01)
         assert engine.runner.weights.traces() == set()
+
+
+def test_adapter_that_is_forgotten_while_it_comes_does_not_stay(base: Base) -> None:
+    """Also where its job went away meanwhile, so that nobody names it."""
+    with Engine(base) as engine:
+        weights = engine.runner.weights
+        bring, coming, on = weights.bring, threading.Event(), threading.Event()
+
+        def slow(*given: Any, **options: Any) -> None:
+            coming.set()
+            assert on.wait(WAIT_S)
+            bring(*given, **options)
+
+        weights.bring = slow  # type: ignore[method-assign]
+        job = job_for(base, digest="a", adapter=tiny_adapter(base, 1))
+        with ThreadPoolExecutor(1) as pool:
+            submitted = pool.submit(engine.submit, job)
+            assert coming.wait(WAIT_S)
+            job.cancel.set()
+            engine.forget("a")
+            while engine.pending:
+                time.sleep(0.01)
+            on.set()
+            submitted.result(WAIT_S)
+        ends = time.monotonic() + WAIT_S
+        while weights.traces() and time.monotonic() < ends:
+            time.sleep(0.01)
+        assert weights.traces() == set()
 
 
 def test_waiting_scenes_are_not_pushed_out_by_those_behind_them(base: Base) -> None:
