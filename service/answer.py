@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from realfill.capsule import Capsule
-from realfill.complete.compositing import Blend, Patch, Window
+from realfill.complete.compositing import Blend, Patch
 from realfill.complete.seam import Seam
+from realfill.complete.windows import Window
 from realfill.photographs import to_bytes, to_pixels
 from realfill.rank import Ranking, Verdict, draw_correspondences, judge
 from registry import Version

@@ -25,9 +25,10 @@ from torch import Tensor
 
 from realfill.adapt.training import train, training_dtype
 from realfill.base import Base, load_base
-from realfill.complete.compositing import crop, crop_mask, paste, window_of
+from realfill.complete.compositing import paste
 from realfill.complete.pipeline import complete
 from realfill.complete.seam import seamless
+from realfill.complete.windows import crop, crop_mask, window_of
 from realfill.config import preset
 from realfill.metrics import psnr, ssim
 from realfill.nano.demo import demo_scenes, write_scene

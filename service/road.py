@@ -20,7 +20,8 @@ from torch import Tensor
 
 from realfill.base import Base
 from realfill.capsule import Capsule, read_capsule
-from realfill.complete.compositing import composite, crop, crop_mask, window_of
+from realfill.complete.compositing import composite
+from realfill.complete.windows import crop, crop_mask, window_of
 from realfill.errors import InvalidCapsule
 from realfill.photographs import to_pixels
 from realfill.rank import (

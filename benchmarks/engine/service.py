@@ -21,7 +21,7 @@ from benchmarks.engine.timing import alone
 from benchmarks.load.local import free_port, serving
 from realfill.base import Base
 from realfill.capsule import read_capsule
-from realfill.complete.compositing import crop, crop_mask, window_of
+from realfill.complete.windows import crop, crop_mask, window_of
 from realfill.errors import RealFillError
 from realfill.nano.photographs import photograph
 from registry import Registry

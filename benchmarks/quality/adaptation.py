@@ -16,7 +16,7 @@ from benchmarks.quality.fills import CLASSICAL
 from benchmarks.quality.sampling import candidates
 from realfill.adapt.training import Record, train
 from realfill.base import Base
-from realfill.complete.compositing import crop, crop_mask, window_of
+from realfill.complete.windows import crop, crop_mask, window_of
 from realfill.config import TrainingConfig
 from realfill.metrics import psnr, ssim
 from realfill.rank import Matcher, Ranking, prepare_references, rank_candidates

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from realfill.complete.compositing import Window, crop
+from realfill.complete.windows import Window, crop
 from realfill.nano.photographs import HELD_OUT, photograph
 from realfill.scene import IMAGE_SUFFIXES, load_image
 

@@ -18,7 +18,7 @@ from skimage.measure import ransac
 from skimage.transform import SimilarityTransform, resize
 from torch import Tensor
 
-from realfill.complete.compositing import Window, crop_mask
+from realfill.complete.windows import Window, crop_mask
 from realfill.scene import Scene
 
 LONG_SIDE_PX = 480

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from realfill.adapt.alignment import windows_in_references
 from realfill.base import Base
-from realfill.complete.compositing import Window, crop, crop_mask, window_of
+from realfill.complete.windows import Window, crop, crop_mask, window_of
 from realfill.config import TrainingConfig
 from realfill.masks import latent_mask, random_mask
 from realfill.scene import Scene

@@ -24,7 +24,7 @@ from realfill.adapt.pool import Draws, Views, blank, draw
 from realfill.adapt.probe import new_probe, reading
 from realfill.base import PROMPT, Base, attention_for_training
 from realfill.capsule import Adapter, Capsule, CapsuleHeader, write_capsule
-from realfill.complete.compositing import crop_mask, window_of
+from realfill.complete.windows import crop_mask, window_of
 from realfill.config import TrainingConfig
 from realfill.errors import TrainingDiverged
 from realfill.scene import Scene

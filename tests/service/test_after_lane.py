@@ -69,11 +69,11 @@ def test_what_is_forgotten_is_reckoned_from_others(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(time, "monotonic", lambda: now)
     after = AfterLane()
     after.learn(16, 2.0)
-    for now in (10.0, 20.0, FRESH_S + 1):
-        after.learn(1, 0.125)
+    now = FRESH_S + 1
+    after.learn(1, 0.125)
     assert after.expected_s(16) == pytest.approx(2.0)
-    for now in (FRESH_S + 2, 2 * FRESH_S + 3):
-        after.learn(16, 2.0)
+    now = 2 * FRESH_S + 3
+    after.learn(16, 2.0)
     assert after.least_s(1) == pytest.approx(0.125)
 
 

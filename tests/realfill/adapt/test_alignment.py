@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from realfill.adapt.alignment import windows_in_references
-from realfill.complete.compositing import Window, window_of
+from realfill.complete.windows import Window, window_of
 from realfill.nano.demo import motorcycle_scene
 from realfill.scene import Scene
 

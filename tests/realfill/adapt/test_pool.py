@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from realfill.adapt.pool import Views
-from realfill.complete.compositing import crop_mask, window_of
+from realfill.complete.windows import crop_mask, window_of
 from realfill.config import TrainingConfig
 from realfill.nano.demo import motorcycle_scene
 from realfill.scene import Scene

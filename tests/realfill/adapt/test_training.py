@@ -18,7 +18,7 @@ from realfill.adapt.probe import new_probe, reading
 from realfill.adapt.training import Record, train
 from realfill.base import Base, target_layers
 from realfill.capsule import read_capsule
-from realfill.complete.compositing import crop_mask, window_of
+from realfill.complete.windows import crop_mask, window_of
 from realfill.config import LoraDropout, TrainingConfig, preset
 from realfill.errors import TrainingDiverged
 from realfill.scene import Scene

@@ -12,15 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from realfill.complete.compositing import (
-    Patch,
-    Window,
-    composite,
-    crop,
-    crop_mask,
-    paste,
-    window_of,
-)
+from realfill.complete.compositing import Patch, composite, paste
+from realfill.complete.windows import Window, crop, crop_mask, window_of
 from realfill.errors import InvalidScene
 from realfill.masks import dilate
 from realfill.photographs import to_bytes
@@ -340,7 +333,8 @@ def test_a_long_image_takes_no_more_memory_than_it_has_pixels() -> None:
     """The square of a strip of 8000x30 would have 64 million pixels, 768 MB in colour."""
     code = (
         "import resource, torch\n"
-        "from realfill.complete.compositing import Patch, crop, crop_mask, window_of\n"
+        "from realfill.complete.compositing import Patch\n"
+        "from realfill.complete.windows import crop, crop_mask, window_of\n"
         "mask = torch.zeros(30, 8000); mask[5:25, 100:7900] = 1\n"
         "image, window = torch.rand(3, 30, 8000), window_of(mask, 128)\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
