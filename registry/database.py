@@ -231,7 +231,8 @@ class _Watch:
 
     def _note(self, _: sqlite3.Connection, record: ConnectionPoolEntry) -> None:
         record.info["file"] = self._identity()
-        self._opened = True
+        # A file that is named by a URI of SQLite's own is not looked for.
+        self._opened = self._opened or record.info["file"] is not None
 
     def _check(self, _: sqlite3.Connection, record: ConnectionPoolEntry, __: object) -> None:
         """Let the pool open a connection anew that belongs to another file."""
