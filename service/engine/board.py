@@ -72,11 +72,6 @@ class Board:
             named = {task.job.digest for task in tasks if task.job.digest is not None}
             return named | set(self._coming)
 
-    def samples(self) -> int:
-        """Of all jobs, decoded or not."""
-        with self.changed:
-            return sum(len(task.job.seeds) for task in [*self.waiting, *self.running])
-
     def drop_cancelled(self) -> list[Task]:
         """Free the places of waiting jobs that nobody wants; ``tell_cancelled`` them next."""
         with self.changed:
