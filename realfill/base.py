@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,13 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers.models.attention_processor import AttnProcessor
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
 from realfill.errors import BaseUnavailable
+from realfill.fingerprint import TENSOR_PARTS, fingerprint_of_folder
 
 PROMPT = "a photo of sks"
 DEFAULT_SD2 = "sd2-community/stable-diffusion-2-inpainting"
@@ -39,7 +39,6 @@ PAPER_MODULES = ("to_q", "to_k", "to_v", "to_out.0")
 PAPER_TEXT_MODULES = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 _AUTOENCODERS = {cls.__name__: cls for cls in (AutoencoderKL, AutoencoderTiny, AutoencoderDC)}
-_TENSOR_PARTS = ("unet", "vae", "text_encoder")
 
 
 @dataclass(frozen=True)
@@ -54,6 +53,8 @@ class Base:
         text_adapter_modules: The same for the text encoder.
         sampler: How it is sampled where nobody says otherwise.
         steps: U-Net evaluations per sample, likewise.
+        products: What linear layers and convolutions shall multiply in where the engine computes
+            them its own way, on a CPU; None for the precision of the weights.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Base:
     steps: int = 20
     licence: str = "CreativeML Open RAIL++-M"
     settings: Mapping[str, Any] = field(default_factory=dict)
+    products: torch.dtype | None = None
 
     @property
     def device(self) -> torch.device:
@@ -135,7 +137,11 @@ class Base:
 
 
 def load_base(
-    name: str = "nano", *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    name: str = "nano",
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    products: torch.dtype | None = None,
 ) -> Base:
     """Load a base, frozen and in evaluation mode.
 
@@ -144,15 +150,16 @@ def load_base(
             (the full architecture with seeded weights), a folder in diffusers' layout, or a hub id.
         device: Where it shall live.
         dtype: Precision of its weights.
+        products: As the base's attribute; ``serving_precision`` names one for a device.
 
     Raises:
         BaseUnavailable: The folder or a part of it is missing, or it is not an inpainting model.
     """
     if name == "sd2-random":
-        return _random_sd2(torch.device(device), dtype)
+        return replace(_random_sd2(torch.device(device), dtype), products=products)
     folder = _folder_of(name)
     settings = _settings_of(folder)
-    missing = [p for p in (*_TENSOR_PARTS, "tokenizer", "scheduler") if not (folder / p).is_dir()]
+    missing = [p for p in (*TENSOR_PARTS, "tokenizer", "scheduler") if not (folder / p).is_dir()]
     if missing:
         raise BaseUnavailable(
             f"The base {name!r} has no {', '.join(missing)} in {folder}: "
@@ -188,6 +195,7 @@ def load_base(
         steps=int(settings.get("steps", Base.steps)),
         licence=str(settings.get("licence", "CreativeML Open RAIL++-M")),
         settings=settings,
+        products=products,
     )
 
 
@@ -259,40 +267,6 @@ def save_base(base: Base, folder: Path, *, dtype: torch.dtype = torch.float16) -
         "licence": base.licence,
     }
     (folder / "realfill.json").write_text(json.dumps(settings, indent=2) + "\n")
-
-
-def fingerprint_of_folder(folder: Path) -> str:
-    """SHA-256 over the sorted digests of all tensors as they stand in the folder's safetensors."""
-    lines = []
-    for part in _TENSOR_PARTS:
-        for path in _weight_files(folder / part):
-            with safe_open(path, framework="pt") as tensors:
-                names = list(tensors.keys())
-                lines += [_line(part, name, tensors.get_tensor(name)) for name in names]
-    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
-
-
-def fingerprint_of(parts: Mapping[str, nn.Module]) -> str:
-    """The same over modules in memory, for a base that has no folder."""
-    lines = [
-        _line(part, n, t) for part, module in parts.items() for n, t in module.state_dict().items()
-    ]
-    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
-
-
-def _line(part: str, name: str, tensor: Tensor) -> str:
-    raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-    return f"{part}.{name} {tensor.dtype} {list(tensor.shape)} {hashlib.sha256(raw).hexdigest()}"
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """The full-precision weights of one part, all shards, never a variant besides."""
-    found = sorted(p for p in folder.glob("*.safetensors") if not p.stem.endswith(("fp16", "bf16")))
-    if not found:
-        raise BaseUnavailable(
-            f"No safetensors weights lie in {folder}: save the base with safe_serialization=True."
-        )
-    return found
 
 
 def _folder_of(name: str) -> Path:

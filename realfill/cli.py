@@ -124,9 +124,9 @@ def train(
     pixels are missing. An interrupted run goes on where it was when it is started again.
     """
     from realfill.adapt.training import train as steps_of
-    from realfill.adapt.training import training_dtype
     from realfill.base import load_base
     from realfill.capsule import digests
+    from realfill.precision import training_dtype
     from realfill.rank import load_matcher
     from realfill.scene import check_name, load_scene, name_after
 

@@ -74,6 +74,7 @@ def build_road(settings: Settings) -> Road:
     import torch
 
     from realfill.base import load_base
+    from realfill.precision import serving_precision
     from realfill.rank import load_matcher
     from registry import Registry
     from registry.signing import Guard, Policy
@@ -83,12 +84,10 @@ def build_road(settings: Settings) -> Road:
     device = settings.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = settings.dtype
-    if dtype == "auto":
-        dtype = "bfloat16" if device.startswith("cuda") else "float32"
+    precision = serving_precision(device, settings.dtype)
     registry = Registry.open(settings.registry, database=settings.registry_database)
     matcher = None if settings.matcher == "none" else load_matcher(settings.matcher, device)
-    base = load_base(settings.base, device=device, dtype=getattr(torch, dtype))
+    base = load_base(settings.base, device=device, **precision._asdict())
     engine = Engine(
         base,
         attention=settings.attention,

@@ -23,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import Tensor
 
-from realfill.adapt.training import train, training_dtype
+from realfill.adapt.training import train
 from realfill.base import Base, load_base
 from realfill.complete.compositing import paste
 from realfill.complete.pipeline import complete
@@ -32,6 +32,7 @@ from realfill.complete.windows import crop, crop_mask, window_of
 from realfill.config import preset
 from realfill.metrics import psnr, ssim
 from realfill.nano.demo import demo_scenes, write_scene
+from realfill.precision import training_dtype
 from realfill.rank import Matcher, loftr, rank_candidates
 from realfill.scene import Scene, load_image
 from realfill.sheet import Row, contact_sheet

@@ -12,11 +12,11 @@ from realfill.base import (
     PAPER_MODULES,
     PROMPT,
     Base,
-    fingerprint_of,
     save_base,
     target_layers,
 )
 from realfill.capsule import Adapter, Capsule, CapsuleHeader, write_capsule
+from realfill.fingerprint import fingerprint_of
 from realfill.nano.tokenizer import byte_tokenizer
 
 

@@ -34,6 +34,7 @@ from benchmarks.engine.timing import alone, idle_team, quantile, repeated
 from benchmarks.record import ROWS, Row, table_of
 from realfill.base import Base, load_base
 from realfill.errors import RealFillError
+from realfill.precision import serving_precision
 from service.engine.layers import is_exact
 from service.engine.runner import Application
 
@@ -304,12 +305,19 @@ PARTS: dict[str, Callable[[Bench], list[Row]]] = {
 def _told(params: Mapping[str, Any]) -> set[str]:
     """Parameters of which rows' names tell; those of whole requests tell of their sizes."""
     sizes = {"samples", "steps"} if params["parts"] == ("e2e",) else set()
-    return {"requests", "matcher", *sizes, *on_gpu(params)}
+    return {"requests", "matcher", "precision", *sizes, *on_gpu(params)}
 
 
 @click.command(cls=Measurement, free=_told)
 @click.option("--base", "base_name", default="nano", show_default=True, help="As for load_base.")
 @click.option("--device", default="cpu", show_default=True)
+@click.option(
+    "--precision",
+    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+    default="auto",
+    show_default=True,
+    help="As for the service; rows of any other have it in their names.",
+)
 @click.option(
     "--part", "parts", multiple=True, type=click.Choice(list(PARTS)), help="Default: all."
 )
@@ -326,6 +334,7 @@ def _told(params: Mapping[str, Any]) -> set[str]:
 def main(
     base_name: str,
     device: str,
+    precision: str,
     parts: tuple[str, ...],
     rank: int | None,
     steps: int,
@@ -338,14 +347,14 @@ def main(
 ) -> None:
     """Measure swap, engine and service on this machine, and record the rows."""
     console = Console()
-    kind = torch.device(device).type
-    # As the service does it.
-    dtype = torch.bfloat16 if kind == "cuda" else torch.float32
     measured: list[Row] = []
     failures: list[str] = []
     try:
+        # As the service does it.
+        numbers = serving_precision(device, precision)._asdict()
         bench = Bench(
-            base=alone(partial(load_base, base_name, device=device, dtype=dtype)),
+            base=alone(partial(load_base, base_name, device=device, **numbers)),
+            variant="" if precision == "auto" else f".{precision}",
             base_name=base_name,
             rank=rank or RANKS.get(base_name, 8),
             batches=tuple(size for size in BATCHES if size <= largest),
@@ -356,7 +365,7 @@ def main(
             matcher=matcher,
             rows=rows,
         )
-    except RealFillError as error:
+    except (RealFillError, ValueError) as error:
         raise click.ClickException(str(error)) from error
     for name in parts or PARTS:
         try:

@@ -19,6 +19,7 @@ class Bench:
 
     Attributes:
         repeats: Of everything that takes a second; quick things are repeated more often.
+        variant: Behind every row's name: a precision that is not what the service takes by itself.
         requests: To the service, for each image size.
         matcher: That whole requests are ranked with.
     """
@@ -33,11 +34,13 @@ class Bench:
     requests: int
     matcher: str
     rows: Path
+    variant: str = ""
 
     def keep(self, name: str, value: float, unit: str, **details: Any) -> Row:
         """Record a row under its name, or under its name on a GPU."""
         on_cuda = self.base.device.type == "cuda"
-        return record(f"{name}.cuda" if on_cuda else name, value, unit, path=self.rows, **details)
+        name = f"{name}{'.cuda' if on_cuda else ''}{self.variant}"
+        return record(name, value, unit, path=self.rows, **details)
 
 
 @contextmanager

@@ -30,15 +30,16 @@ def flops_per_sample_step(base: Base) -> int:
 
 @torch.no_grad()
 def peak_flops_per_s(base: Base, *, repeats: int = 9) -> float:
-    """What a large matrix product of the base's precision reaches on its device.
+    """What a large matrix product of what the base multiplies in reaches on its device.
 
     On a CPU that of oneDNN or of what PyTorch takes by itself, whichever is faster.
     """
     side = SIDE.get(base.device.type, SIDE["cpu"])
-    one, other = (torch.randn(side, side, device=base.device, dtype=base.dtype) for _ in "ab")
+    dtype = base.products or base.dtype
+    one, other = (torch.randn(side, side, device=base.device, dtype=dtype) for _ in "ab")
     ways: list[Callable[[], object]] = [lambda: one @ other]
     if is_exact(base.device, base.dtype):
-        layer = Exact(nn.Linear(side, side, bias=False))
+        layer = Exact(nn.Linear(side, side, bias=False), products=dtype)
         ways.append(lambda: layer(one))
     fastest = min(quantile(repeated(way, repeats, base.device), 20) for way in ways)
     return float(2 * side**3 / fastest)

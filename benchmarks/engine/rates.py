@@ -15,7 +15,7 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     StableDiffusionInpaintPipeline,
 )
-from torch import Tensor
+from torch import Tensor, nn
 from torch._inductor import config as inductor
 from torch._inductor.exc import InductorError
 
@@ -73,6 +73,14 @@ def sample_steps_per_s(base: Base, batch: int, *, steps: int, repeats: int) -> l
         return [job.sample_steps / runner.run(job).sample_s for _ in range(repeats)]
 
 
+def plain_copy(base: Base) -> Base:
+    """What peers compute with: layers in their own way, all in what the engine multiplies in."""
+    dtype = base.products or base.dtype
+    # Not by diffusers' own method, which warns of layers that these models do not have.
+    parts = [nn.Module.to(copy.deepcopy(part), dtype) for part in (base.unet, base.autoencoder)]
+    return dataclasses.replace(base, unet=parts[0], autoencoder=parts[1])
+
+
 def compare(base: Base, *, samples: int, steps: int, repeats: int) -> list[Comparison]:
     """Encode, sample and decode one job by the engine and by diffusers, in turns.
 
@@ -80,8 +88,7 @@ def compare(base: Base, *, samples: int, steps: int, repeats: int) -> list[Compa
         First the comparison with diffusers' pipeline where it takes the base's parts, else with
         its scheduler in a plain loop, an image at a time; then the loop with one batch.
     """
-    # The peers get layers that compute in their own way, not in the runner's.
-    plain = dataclasses.replace(base, unet=copy.deepcopy(base.unet))
+    plain = plain_copy(base)
     job = job_of(base, samples=samples, steps=steps)
     peers: dict[str, Callable[[], object]] = {LOOP: lambda: loop(plain, job, batch=1)}
     if fits_pipeline(base):
@@ -120,7 +127,8 @@ def compare_compiled(base: Base, *, samples: int, steps: int, repeats: int) -> C
     """
     # What was compiled before, for another copy, would be taken again, and is not frozen.
     torch.compiler.reset()
-    plain = dataclasses.replace(base, unet=torch.compile(copy.deepcopy(base.unet)))
+    plain = plain_copy(base)
+    plain = dataclasses.replace(plain, unet=torch.compile(plain.unet))
     job = job_of(base, samples=samples, steps=steps)
     ours_s: list[float] = []
     peer_s: list[float] = []

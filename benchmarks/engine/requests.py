@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import time
 from collections.abc import Callable
@@ -15,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.engine.adapters import random_capsule
-from benchmarks.engine.rates import fits_pipeline, loop, pipeline
+from benchmarks.engine.rates import fits_pipeline, loop, pipeline, plain_copy
 from benchmarks.engine.service import SCENE, hole, job_for, png, served, square_of
 from benchmarks.engine.timing import alone, seconds_of
 from benchmarks.ranking.peer import counts_at_working_size, naive_kornia
@@ -123,7 +122,7 @@ def _peers(
     base: Base, job: Job, photos: list[Tensor], matcher: str
 ) -> tuple[Callable[[], object], Callable[[], object]]:
     """Drawing all candidates by diffusers, and ranking what was drawn by kornia."""
-    plain = dataclasses.replace(base, unet=copy.deepcopy(base.unet))
+    plain = plain_copy(base)
     # The whole of LoFTR in torch, whatever program the service chose.
     ours = load_matcher(f"torch:{matcher.removeprefix('torch:')}", base.device)
     assert isinstance(ours, LoFTRMatcher)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -51,7 +52,7 @@ def measure_overhead(
     The server does not rank here: ranking has rows of its own.
 
     Args:
-        base: The base, as the server will load it by ``base_name`` and from its own settings.
+        base: The base, as the server will load it by ``base_name``.
         base_name: Name or folder of it.
         folder: For the registry and the server's log.
         requests: Timed requests per image size, after three that warm up.
@@ -87,7 +88,8 @@ def served(
     """The real server over a registry that holds one scene, for the length of the block.
 
     Args:
-        base: What the server will load by ``base_name``, on the same kind of device.
+        base: What the server will load by ``base_name``, on the same kind of device; it computes
+            in the same precision.
         folder: For the registry and the server's log.
         matcher: As for ``load_matcher``, or none.
         start_s: Longest to wait for the server.
@@ -107,8 +109,11 @@ def served(
     words += ["--matcher", matcher]
     url = f"http://127.0.0.1:{port}"
     log = folder / "server.log"
+    products = str(base.products or base.dtype).removeprefix("torch.")
+    environment = {**os.environ, "REALFILL_DTYPE": products}
     try:
-        with serving(words, url, log=log, start_s=start_s), Client(url) as client:
+        server = serving(words, url, log=log, start_s=start_s, environment=environment)
+        with server, Client(url) as client:
             yield client, digest
     except (RuntimeError, RealFillError) as error:
         # The folder goes with the measurement.

@@ -37,6 +37,7 @@ from realfill.capsule import UNET, read_capsule
 from realfill.interchange import export_capsule
 from realfill.lora_files import DIFFUSERS_WEIGHTS
 from realfill.photographs import to_pixels
+from realfill.precision import serving_precision
 from realfill.rank.matchers import load_matcher
 from realfill.rank.matching import LoFTRMatcher
 from realfill.rank.references import at_working_size
@@ -165,9 +166,8 @@ def application(peer: Peer, lane: Executor) -> FastAPI:
 
 def load_peer(registry: Path, folder: Path, base: str, matcher: str, device: str) -> Peer:
     """A peer of all scenes in a registry, their LoRA files in a folder."""
-    # As the service takes it.
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    loaded = load_base(base, device=device, dtype=dtype)
+    # All of it in what the service multiplies in.
+    loaded = load_base(base, device=device, dtype=serving_precision(device).products)
     program = load_matcher(f"torch:{matcher.removeprefix('torch:')}", device)
     assert isinstance(program, LoFTRMatcher)
     opened = Registry.open(registry)

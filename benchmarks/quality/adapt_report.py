@@ -19,10 +19,10 @@ from benchmarks.quality.adaptation import Outcome, capsule_path, measure, sheet_
 from benchmarks.quality.fills import CLASSICAL
 from benchmarks.quality.sampling import device_name
 from benchmarks.record import ROWS, record
-from realfill.adapt.training import training_dtype
 from realfill.base import load_base
 from realfill.config import TrainingConfig, preset
 from realfill.errors import RealFillError
+from realfill.precision import training_dtype
 from realfill.rank import loftr
 from realfill.scene import Scene, load_scene
 from realfill.sheet import contact_sheet

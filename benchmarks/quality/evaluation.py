@@ -20,11 +20,12 @@ from benchmarks.quality.adaptation import Square, capsule_path, square_of, train
 from benchmarks.quality.metric import Metric
 from benchmarks.quality.sampling import candidates
 from benchmarks.quality.selection import keys_of
-from realfill.adapt.training import Record, training_dtype
+from realfill.adapt.training import Record
 from realfill.base import load_base
 from realfill.config import TrainingConfig, preset
 from realfill.masks import dilate
 from realfill.nano.difficulties import synthetic_scenes
+from realfill.precision import training_dtype
 from realfill.rank import Correspondences, Ranking, loftr, prepare_references, rank_candidates
 from realfill.scene import Scene
 from service.engine import Runner

@@ -14,11 +14,11 @@ from benchmarks.command import Measurement
 from benchmarks.record import ROWS, Row, record, table_of
 from benchmarks.training.costs import count_costs
 from benchmarks.training.turns import seconds_in_turns
-from realfill.adapt.training import training_dtype
 from realfill.base import Base, load_base
 from realfill.config import preset
 from realfill.errors import RealFillError
 from realfill.nano.demo import motorcycle_scene
+from realfill.precision import training_dtype
 
 # The public script's run for three references and the target, and ours of as many samples.
 SCRIPT_STEPS = 2000

@@ -54,13 +54,6 @@ class Record:
     capsule: bytes | None = None
 
 
-def training_dtype(device: str | torch.device) -> torch.dtype:
-    """Precision to load the base in for training: bfloat16 where the device computes in it."""
-    kind = torch.device(device).type
-    quick = kind == "cuda" or (kind == "cpu" and torch.cpu._is_avx512_bf16_supported())
-    return torch.bfloat16 if quick else torch.float32
-
-
 def train(
     base: Base, scene: Scene, config: TrainingConfig, *, checkpoint: Path | None = None
 ) -> Iterator[Record]:

@@ -17,7 +17,8 @@ from diffusers import AutoencoderDC
 from numpy.typing import NDArray
 from torch import Tensor
 
-from realfill.base import NANO_FOLDER, PAPER_TEXT_MODULES, Base, fingerprint_of, save_base
+from realfill.base import NANO_FOLDER, PAPER_TEXT_MODULES, Base, save_base
+from realfill.fingerprint import fingerprint_of
 from realfill.nano.autoencoder import (
     calibrate,
     motorcycle_crops,

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from realfill.adapt.training import training_dtype
 from realfill.errors import TrainingDiverged
+from realfill.precision import training_dtype
 
 # A GPU is asked for the loss, and so waited for, once in so many steps.
 READ_EVERY = 25

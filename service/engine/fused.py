@@ -5,9 +5,9 @@ weights fused once and kept; swapping is then a matter of naming another set, an
 scenes runs the network part by part with the weights of that part (``service.engine.program``). A
 sample sees the very operations that it would see alone, hence the very same bits.
 
-A set of ``nano`` takes 42 to 47 MB. Low-rank terms beside the base's weights would take less
-memory, but more time in a batch of sixteen scenes (rows ``engine.mixed_step_ms.segmented`` and
-without the suffix), and round differently.
+A set of ``nano`` takes 42 to 47 MB, and half of that in bfloat16. Low-rank terms beside the base's
+weights would take less memory, but more time in a batch of sixteen scenes (rows
+``engine.mixed_step_ms.segmented`` and without the suffix), and round differently.
 """
 
 from __future__ import annotations
@@ -70,6 +70,7 @@ class FusedWeights:
         targets: Names of the modules that adapters may change, as path ends.
         budget_bytes: For the sets. One set may exceed it.
         split_from: Parts of so many samples run in a call of their own.
+        products: What its layers multiply in; sets are kept in it.
     """
 
     name = "fused"
@@ -81,6 +82,7 @@ class FusedWeights:
         *,
         budget_bytes: int,
         split_from: int | None = None,
+        products: torch.dtype = torch.float32,
     ) -> None:
         endings = tuple(targets)
         self._modules = target_layers(unet, endings)
@@ -95,6 +97,7 @@ class FusedWeights:
         self._tier: Tier[FusedSet] = Tier(budget_bytes)
         self._parting = Parting()
         self._composed: tuple[str | None, ...] = ()
+        self._products = products
         self._layers = self._grouped(unet)
         self._joined: list[JoinedLayers] = []
         self._installed = self._install(unet)
@@ -108,10 +111,13 @@ class FusedWeights:
         seen: set[int] = set()
         for group in layers_that_read_alike(unet):
             if len({id(module) in targets for module in group}) == 1 and are_alike(group):
-                layers.append(Exact(*group))
+                layers.append(self._exact(*group))
                 seen.update(map(id, group))
         alone = [module for module in exact_layers(unet) if id(module) not in seen]
-        return [*layers, *map(Exact, alone)]
+        return [*layers, *map(self._exact, alone)]
+
+    def _exact(self, module: nn.Linear | nn.Conv2d, *beside: nn.Linear) -> Exact:
+        return Exact(module, *beside, products=self._products)
 
     def _install(self, unet: nn.Module) -> Installed:
         installed, given = Installed(), Given()
@@ -268,7 +274,7 @@ class FusedWeights:
     def _set_bytes(self) -> int:
         """Of a set in all forms in which its weights may be wanted."""
         return sum(
-            layer.forms * module.weight.nbytes
+            layer.forms * module.weight.numel() * self._products.itemsize
             for layer in self._layers_of_targets()
             for module in layer.modules
         )

@@ -1,13 +1,14 @@
 """Layers of a resident network that can weigh every sample of a batch differently.
 
-On a CPU in float32 they also make a sample's value independent of its batch: the libraries below
+On a CPU they also make a sample's value independent of its batch: the libraries below
 choose algorithms by the number of rows, so that a sample alone and the same sample among sixteen
 would differ in their last bits. Two choices are taken away from them: all layers run on oneDNN with
 weights packed once, and products of few rows are filled up to sixteen. Everything else in a U-Net
 computes sample by sample anyway, or value by value in steps of 32 with AVX-512: what is left over
 is computed by another routine, so that the features of a sample must be a multiple of 32, as those
 of Stable Diffusion's U-Nets and of ``nano`` are. On AMD's processors oneDNN is also more than twice
-as fast as the MKL that PyTorch takes for linear layers (docs/engine.md).
+as fast as the MKL that PyTorch takes for linear layers (docs/engine.md). Layers may multiply in
+bfloat16 between activations in float32; what is said of bits holds either way.
 """
 
 from __future__ import annotations
@@ -42,10 +43,18 @@ class Exact:
         module: A linear layer or a convolution.
         beside: Linear layers that read what it reads, and are computed with it as one: their
             weights stand below its own, their outcomes behind its own.
+        products: What it multiplies in: weight, bias and what is read are rounded to it, and so is
+            the outcome, which is handed on in the type of what was read.
     """
 
-    def __init__(self, module: nn.Linear | nn.Conv2d, *beside: nn.Linear) -> None:
+    def __init__(
+        self,
+        module: nn.Linear | nn.Conv2d,
+        *beside: nn.Linear,
+        products: torch.dtype = torch.float32,
+    ) -> None:
         self.module = module
+        self.products = products
         self.modules = (module, *beside)
         self._of_pictures = isinstance(module, nn.Conv2d)
         # A convolution of single pixels is a linear layer of them. As a convolution its packed
@@ -59,7 +68,7 @@ class Exact:
         self._bias = torch.cat(biases) if beside and biases else module.bias
         if self._bias is not None:
             # Nothing is learnt here, and a program takes no parameter as a constant.
-            self._bias = self._bias.detach()
+            self._bias = self._bias.detach().to(products)
 
     @property
     def out_sizes(self) -> list[int]:
@@ -75,7 +84,7 @@ class Exact:
         if self.convolves:
             shaped = weight.detach().view(self.module.weight.shape)
             return Packed(self, self.packed_for(1, shaped), self.form(1))
-        matrix = weight.detach().view(sum(self.out_sizes), -1)
+        matrix = weight.detach().view(sum(self.out_sizes), -1).to(self.products)
         return Packed(self, torch.ops.mkldnn._reorder_linear_weight(matrix, FEWEST_ROWS), b"")
 
     def packed_for(self, samples: int, weight: Tensor) -> Tensor:
@@ -86,7 +95,7 @@ class Exact:
         size = None if self._size is None else (samples, *self._size)
         # The stubs know neither the sizes nor that the last argument may be given.
         reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight
-        packed: Tensor = reorder(weight.to_mkldnn(), *geometry, size)
+        packed: Tensor = reorder(weight.to(self.products).to_mkldnn(), *geometry, size)
         return packed
 
     def form(self, samples: int) -> bytes:
@@ -110,6 +119,11 @@ class Exact:
 
     def compute(self, x: Tensor, weight: Tensor) -> Tensor:
         """The layer's outcome with a weight that is packed for so many samples. [N, ...]"""
+        if x.dtype == self.products:
+            return self._computed(x, weight)
+        return self._computed(x.to(self.products), weight).to(x.dtype)
+
+    def _computed(self, x: Tensor, weight: Tensor) -> Tensor:
         if not self._of_pictures:
             return self._of_rows(x, weight)
         pixels = x.permute(0, 2, 3, 1).contiguous()
@@ -343,9 +357,9 @@ def exact_layers(network: nn.Module) -> list[nn.Linear | nn.Conv2d]:
     ]
 
 
-def install_exact(network: nn.Module) -> Installed:
-    """Make all linear layers and convolutions of a network exact."""
+def install_exact(network: nn.Module, products: torch.dtype = torch.float32) -> Installed:
+    """Make all linear layers and convolutions of a network exact, whatever they multiply in."""
     installed = Installed()
     for module in exact_layers(network):
-        installed.install(module, Exact(module))
+        installed.install(module, Exact(module, products=products))
     return installed

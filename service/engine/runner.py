@@ -113,7 +113,11 @@ class Runner:
             split_from = SPLIT_FROM
         kind = FusedWeights if application == "fused" else SegmentedWeights
         self.weights: Weights = kind(
-            base.unet, base.adapter_modules, budget_bytes=arena_bytes, split_from=split_from
+            base.unet,
+            base.adapter_modules,
+            budget_bytes=arena_bytes,
+            split_from=split_from,
+            products=base.products or base.dtype,
         )
         self._samplers: dict[tuple[str, int], Sampler] = {}
         self.buckets: Buckets | None = None

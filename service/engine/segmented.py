@@ -90,6 +90,7 @@ class SegmentedWeights:
         budget_bytes: For the arena. The first rank class takes half of it, the next half of what
             is left: adapters of one preset all share one class.
         split_from: Parts of so many samples run on merged weights, in a call of their own.
+        products: What layers multiply in on a CPU; low-rank terms are added in the base's type.
     """
 
     name = "segmented"
@@ -101,6 +102,7 @@ class SegmentedWeights:
         *,
         budget_bytes: int,
         split_from: int | None = None,
+        products: torch.dtype = torch.float32,
     ) -> None:
         self._swapper = Swapper(unet, targets)
         self._modules = self._swapper.modules
@@ -113,13 +115,13 @@ class SegmentedWeights:
         self._current: tuple[object, ...] = ()
         self._composed: tuple[Slot | None, ...] = ()
         self._rows_of: dict[tuple[int, int], Tensor] = {}
-        self._installed = self._install(unet)
+        self._installed = self._install(unet, products)
         self.writes = 0
 
-    def _install(self, unet: nn.Module) -> Installed:
+    def _install(self, unet: nn.Module, products: torch.dtype) -> Installed:
         weight = next(iter(self._modules.values())).weight
         exact = is_exact(weight.device, weight.dtype)
-        installed = install_exact(unet) if exact else Installed()
+        installed = install_exact(unet, products) if exact else Installed()
         for path, module in self._modules.items():
             layer = LowRankLayer(path, module, module.forward, self._slots, fused=weight.is_cuda)
             installed.install(module, layer)

@@ -13,13 +13,12 @@ from torch import nn
 from realfill.base import (
     NANO_FOLDER,
     attention_for_training,
-    fingerprint_of,
-    fingerprint_of_folder,
     load_base,
     save_base,
     target_layers,
 )
 from realfill.errors import BaseUnavailable
+from realfill.fingerprint import fingerprint_of, fingerprint_of_folder
 from tests.tiny import save_tiny_base, tiny_base
 
 

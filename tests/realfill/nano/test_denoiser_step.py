@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from realfill.adapt.training import training_dtype
 from realfill.nano.denoiser import new_denoiser, new_scheduler, new_text_encoder
 from realfill.nano.denoiser_step import CapturedGradients, Gradients, Triples, draw
 from realfill.nano.tokenizer import byte_tokenizer
+from realfill.precision import training_dtype
 
 BATCH = 3
 

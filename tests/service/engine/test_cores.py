@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import time
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import torch
 
 from service.engine.cores import MOST_LET_BY, MOST_MEMBERS, Crew, Turns, all_cores, crew_for
 from service.engine.engine import Engine
+from tests.products import PRODUCTS
 from tests.service.engine.test_lane import WAIT_S, Blocker, job_for
 from tests.service.engine.test_sharing import scene
 from tests.tiny import tiny_base
@@ -169,9 +171,10 @@ def test_a_crew_is_for_a_few_cores() -> None:
     crew.release()
 
 
-def test_a_batch_is_shared_and_its_pictures_are_the_same() -> None:
+@pytest.mark.parametrize("products", PRODUCTS)
+def test_a_batch_is_shared_and_its_pictures_are_the_same(products: torch.dtype) -> None:
     """A large batch runs in two threads of the crew; each sample as in the lane's one thread."""
-    base = tiny_base()
+    base = dataclasses.replace(tiny_base(), products=products)
     threads: dict[str, set[int]] = {}
 
     def note(_: object, args: tuple[torch.Tensor, ...]) -> None:

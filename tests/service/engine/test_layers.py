@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from service.engine.layers import Exact, Parts
+from tests.products import PRODUCTS
 
 LAYERS = {
     "linear": (lambda: nn.Linear(24, 40), (5, 24)),
@@ -23,49 +25,55 @@ LAYERS = {
 }
 
 
+@pytest.mark.parametrize("products", PRODUCTS)
 @pytest.mark.parametrize("kind", LAYERS)
 @torch.no_grad()
-def test_a_layer_computes_with_any_weight_and_each_sample_as_if_it_were_alone(kind: str) -> None:
+def test_a_layer_computes_with_any_weight_and_each_sample_as_if_it_were_alone(
+    kind: str, products: torch.dtype
+) -> None:
     """As the plain layer would with that weight; the samples to the bit."""
     make, shape = LAYERS[kind]
     torch.manual_seed(0)
     layers = [make() for _ in range(3)]
     for layer in layers[1:]:
         layer.load_state_dict({**layers[0].state_dict(), "weight": layer.weight})
-    exact = Exact(layers[0])
+    exact = Exact(layers[0], products=products)
     x = torch.randn(6, *shape)
     assert torch.equal(exact(x), exact.compute(x, exact.own(x).for_samples(6)))
     for layer in layers:
         packed = exact.pack(layer.weight)
         together = exact.compute(x, packed.for_samples(6))
-        torch.testing.assert_close(together, layer(x))
+        assert together.dtype == x.dtype
+        _assert_close(together, layer, x, products)
         for k in range(6):
             alone = exact.compute(x[k : k + 1], packed.for_samples(1))
             assert torch.equal(alone[0], together[k])
 
 
+@pytest.mark.parametrize("products", PRODUCTS)
 @pytest.mark.parametrize("bias", [True, False])
 @torch.no_grad()
-def test_layers_side_by_side_are_each_of_them(bias: bool) -> None:
+def test_layers_side_by_side_are_each_of_them(bias: bool, products: torch.dtype) -> None:
     """Also after one of them was written to."""
     torch.manual_seed(0)
     layers = [nn.Linear(24, out, bias=bias) for out in (40, 8, 24)]
-    exact = Exact(*layers)
+    exact = Exact(*layers, products=products)
     x = torch.randn(2, 20, 24)
     for _ in range(2):
         outcomes = exact(x).split(exact.out_sizes, dim=-1)
         for layer, outcome in zip(layers, outcomes, strict=True):
-            torch.testing.assert_close(outcome, layer(x))
+            _assert_close(outcome, layer, x, products)
         layers[1].weight.add_(1)
 
 
+@pytest.mark.parametrize("products", PRODUCTS)
 @torch.no_grad()
 def test_a_weight_is_packed_once_for_each_form_that_is_wanted(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, products: torch.dtype
 ) -> None:
     """Whichever forms this processor's library has: here even and odd numbers of samples differ."""
     layer = nn.Conv2d(24, 40, 3, padding=1)
-    exact = Exact(layer)
+    exact = Exact(layer, products=products)
     x = torch.randn(4, 24, 6, 6)
     exact.own(x)
     monkeypatch.setattr(exact, "form", lambda samples: b"odd" if samples % 2 else b"even")
@@ -75,12 +83,23 @@ def test_a_weight_is_packed_once_for_each_form_that_is_wanted(
     assert even is not odd
     assert weight.for_samples(4) is even
     assert weight.for_samples(3) is odd
-    assert torch.equal(even.to_dense(), layer.weight)
-    torch.testing.assert_close(exact.compute(x, weight.for_samples(4)), layer(x))
+    assert torch.equal(even.to_dense(), layer.weight.to(products))
+    _assert_close(exact.compute(x, weight.for_samples(4)), layer, x, products)
     assert weight.versions == 0
 
 
+def _assert_close(
+    outcome: torch.Tensor, layer: nn.Module, x: torch.Tensor, products: torch.dtype
+) -> None:
+    """What the plain layer gives for inputs and weights that are rounded first."""
+    rounded = copy.deepcopy(layer).to(products).float()
+    # The outcome is rounded once more.
+    close = {} if products == torch.float32 else {"rtol": 2**-8, "atol": 1e-4}
+    torch.testing.assert_close(outcome, rounded(x.to(products).float()), **close)
+
+
 CONVERSIONS = """
+import sys
 import torch
 from benchmarks.engine.adapters import random_adapter
 from benchmarks.engine.rates import job_of
@@ -89,7 +108,7 @@ from realfill.base import load_base
 from service.engine import Runner
 
 torch.set_num_threads(2)
-base = load_base("nano")
+base = load_base("nano", products=getattr(torch, sys.argv[1]))
 runner = Runner(base, max_samples=4)
 samples = []
 for k in range(2):
@@ -108,13 +127,14 @@ for turn in ("first", "second"):
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN")
-def test_no_weight_is_converted_while_steps_are_made() -> None:
+@pytest.mark.parametrize("products", PRODUCTS)
+def test_no_weight_is_converted_while_steps_are_made(products: torch.dtype) -> None:
     """A scene's weights fit alone on all cores, and shared among scenes with a core each.
 
     oneDNN says what it does. On processors without AVX-512 it wants them in different forms.
     """
     says = subprocess.run(
-        [sys.executable, "-c", CONVERSIONS],
+        [sys.executable, "-c", CONVERSIONS, str(products).removeprefix("torch.")],
         env={**os.environ, "ONEDNN_VERBOSE": "1", "OMP_NUM_THREADS": "2"},
         capture_output=True,
         text=True,

@@ -16,6 +16,7 @@ from service.engine.fused import FusedWeights
 from service.engine.layers import Exact
 from service.engine.program import Given, GivenLayer, JoinedLayers, PartedNetwork, Programs
 from service.engine.weights import Part
+from tests.products import PRODUCTS
 from tests.tiny import tiny_adapter, tiny_base
 
 
@@ -43,13 +44,14 @@ def _network(base: Base) -> PartedNetwork:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("products", PRODUCTS)
 @pytest.mark.parametrize("length", [3, 77])
 @pytest.mark.parametrize("side", [4, 8])
 def test_a_program_computes_what_python_does_for_any_number_of_samples(
-    base: Base, side: int, length: int
+    base: Base, side: int, length: int, products: torch.dtype
 ) -> None:
     """To the bit, with one scene's weights and then with another's; prompts may be short."""
-    weights = FusedWeights(base.unet, base.adapter_modules, budget_bytes=2**30)
+    weights = FusedWeights(base.unet, base.adapter_modules, budget_bytes=2**30, products=products)
     plain = base.unet.__class__.forward
     try:
         network = _network(base)

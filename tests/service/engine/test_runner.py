@@ -16,6 +16,7 @@ from realfill.complete.samplers import noise_for
 from service.engine.job import Job
 from service.engine.runner import Runner
 from service.errors import Cancelled
+from tests.products import PRODUCTS
 from tests.tiny import tiny_adapter, tiny_base
 
 
@@ -55,10 +56,13 @@ def test_sample_is_bit_equal_at_every_batch_position(base: Base, sampler: str) -
     assert not torch.equal(one[2], other[0])
 
 
+@pytest.mark.parametrize("products", PRODUCTS)
 @pytest.mark.parametrize("sampler", ["ddpm", "dpm++2m"])
-def test_sample_is_bit_equal_in_every_size_of_batch(base: Base, sampler: str) -> None:
+def test_sample_is_bit_equal_in_every_size_of_batch(
+    base: Base, sampler: str, products: torch.dtype
+) -> None:
     """Alone, among seven, or among sixteen: on a CPU a seed's image is the same to the bit."""
-    runner = Runner(base)
+    runner = Runner(dataclasses.replace(base, products=products))
     sixteen = runner.run(job_for(base, tuple(range(16)), sampler=sampler)).samples
     for count in (1, 2, 3, 5, 7):
         fewer = runner.run(job_for(base, tuple(range(count)), sampler=sampler)).samples
