@@ -95,3 +95,27 @@ def test_tensors_that_do_not_fit_are_refused(changes: dict[str, Any], says: str)
     }
     with pytest.raises(ValueError, match=says):
         groupnorm_silu(**{**arguments, **changes})
+
+
+@pytest.mark.parametrize("side", [8, 32, 40])
+def test_bits_depend_neither_on_neighbours_nor_on_threads(side: int) -> None:
+    """Channels-last, whose pixels torch shares among threads where there are many of them.
+
+    Threads are powers of two: others cut SiLU at places that are no multiple of 32.
+    """
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 64, side, side, generator=generator)
+    x = x.contiguous(memory_format=torch.channels_last)
+    weight, bias = torch.randn(2, 64, generator=generator)
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2, 4):
+            torch.set_num_threads(threads)
+            for samples in (x, x[:2], x[:1]):
+                y = groupnorm_silu(samples, 32, weight, bias, 1e-5)
+                assert y.is_contiguous(memory_format=torch.channels_last)
+                found.append(y[0])
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(y, found[0]) for y in found)

@@ -46,7 +46,7 @@ def _network(base: Base) -> PartedNetwork:
 @torch.no_grad()
 @pytest.mark.parametrize("products", PRODUCTS)
 @pytest.mark.parametrize("length", [3, 77])
-@pytest.mark.parametrize("side", [4, 8])
+@pytest.mark.parametrize("side", [4, 8, 32])
 def test_a_program_computes_what_python_does_for_any_number_of_samples(
     base: Base, side: int, length: int, products: torch.dtype
 ) -> None:
