@@ -84,6 +84,11 @@ class Base:
         return next(self.unet.parameters()).dtype
 
     @property
+    def multiplies_in(self) -> torch.dtype:
+        """What linear layers and convolutions multiply in."""
+        return self.products or self.dtype
+
+    @property
     def latent_channels(self) -> int:
         """Channels of a latent: the U-Net takes twice as many, and the mask."""
         return int(self.unet.config.out_channels)

@@ -35,7 +35,7 @@ def peak_flops_per_s(base: Base, *, repeats: int = 9) -> float:
     On a CPU that of oneDNN or of what PyTorch takes by itself, whichever is faster.
     """
     side = SIDE.get(base.device.type, SIDE["cpu"])
-    dtype = base.products or base.dtype
+    dtype = base.multiplies_in
     one, other = (torch.randn(side, side, device=base.device, dtype=dtype) for _ in "ab")
     ways: list[Callable[[], object]] = [lambda: one @ other]
     if is_exact(base.device, base.dtype):

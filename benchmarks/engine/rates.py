@@ -75,7 +75,7 @@ def sample_steps_per_s(base: Base, batch: int, *, steps: int, repeats: int) -> l
 
 def plain_copy(base: Base) -> Base:
     """What peers compute with: layers in their own way, all in what the engine multiplies in."""
-    dtype = base.products or base.dtype
+    dtype = base.multiplies_in
     # Not by diffusers' own method, which warns of layers that these models do not have.
     parts = [nn.Module.to(copy.deepcopy(part), dtype) for part in (base.unet, base.autoencoder)]
     return dataclasses.replace(base, unet=parts[0], autoencoder=parts[1])

@@ -109,7 +109,7 @@ def served(
     words += ["--matcher", matcher]
     url = f"http://127.0.0.1:{port}"
     log = folder / "server.log"
-    products = str(base.products or base.dtype).removeprefix("torch.")
+    products = str(base.multiplies_in).removeprefix("torch.")
     environment = {**os.environ, "REALFILL_DTYPE": products}
     try:
         server = serving(words, url, log=log, start_s=start_s, environment=environment)

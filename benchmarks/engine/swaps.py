@@ -56,7 +56,7 @@ def measure_swaps(base: Base, *, rank: int, repeats: int, peer_repeats: int) -> 
     peer_s, theirs = _diffusers(base, list(adapters.values()), peer_repeats)
     change = float((ours - plain).abs().max())
     difference = float((ours - theirs).abs().max()) / max(change, 1e-12)
-    allowed = ALLOWED[base.products or base.dtype]
+    allowed = ALLOWED[base.multiplies_in]
     if change == 0 or difference > allowed:
         raise RuntimeError(
             f"the U-Net with adapter {first[:4]} and diffusers' differ by {difference:.3g} of what "

@@ -50,7 +50,7 @@ def calibrate(cost: CostModel, runner: Runner) -> None:
 
     decode = partial(runner.decode, [samples[0].latents])
     cost.calibrate(bucket_sizes(most), step_s, lambda: _seconds(runner, decode))
-    numbers = str(base.products or base.dtype).removeprefix("torch.")
+    numbers = str(base.multiplies_in).removeprefix("torch.")
     logger.info("calibrated: %.4g sample-steps/s, multiplying in %s", cost.per_s, numbers)
 
 

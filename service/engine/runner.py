@@ -117,7 +117,7 @@ class Runner:
             base.adapter_modules,
             budget_bytes=arena_bytes,
             split_from=split_from,
-            products=base.products or base.dtype,
+            products=base.multiplies_in,
         )
         self._samplers: dict[tuple[str, int], Sampler] = {}
         self.buckets: Buckets | None = None
