@@ -2,8 +2,8 @@
 
 On a CPU nothing forces weights to stay at one address. So each scene that is in use has its target
 weights fused once and kept; swapping is then a matter of naming another set, and a batch of many
-scenes runs the network part by part with the weights of that part (``service.engine.program``). A
-sample sees the very operations that it would see alone, hence the very same bits.
+scenes runs every layer part by part with the weights of that part (``service.engine.program``). A
+sample sees the very products that it would see alone, hence the very same bits.
 
 A set of ``nano`` takes 42 to 47 MB, and half of that in bfloat16. Low-rank terms beside the base's
 weights would take less memory, but more time in a batch of sixteen scenes (rows
@@ -27,7 +27,8 @@ from realfill.capsule import Adapter
 from service.engine.arena import Tier, TierMetrics
 from service.engine.conditioning import Conditioned, Joined, conditioning_of
 from service.engine.fusion import install_fusion
-from service.engine.layers import Exact, Installed, Packed, Parting, Parts, exact_layers
+from service.engine.layers import Exact, Installed, Packed, exact_layers
+from service.engine.parts import Parting, Parts
 from service.engine.program import (
     Given,
     GivenLayer,
@@ -205,7 +206,8 @@ class FusedWeights:
         return ()
 
     def rehearse(self, mode: tuple[int, ...], room: int) -> None:
-        """Nothing to rehearse."""
+        """As many parts of one sample each; see ``Weights``."""
+        self._compose(Parts(tuple(range(1, room + 1)), (None,) * room), ())
 
     def apply(self, parts: Sequence[Part], room: int | None = None) -> None:
         """Name the set of every part; see ``Weights``. Places without a sample join the last."""

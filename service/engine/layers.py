@@ -14,13 +14,9 @@ bfloat16 between activations in float32; what is said of bits holds either way.
 from __future__ import annotations
 
 import functools
-import itertools
-import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, Optional
 
 import torch
@@ -123,20 +119,47 @@ class Exact:
             return self._computed(x, weight)
         return self._computed(x.to(self.products), weight).to(x.dtype)
 
+    def compute_parts(
+        self, x: Tensor, parts: Sequence[Tensor], weights: Sequence[Tensor]
+    ) -> Tensor:
+        """The layer's outcome for a batch in parts, each with a weight of its own.
+
+        Args:
+            x: What is read. [N, ...]
+            parts: Tell by their first sizes how many samples each part has, by 0 that there is no
+                such part: so a program need not be told by numbers, which would be fixed in it.
+            weights: Of each part, packed for so many samples.
+
+        Returns:
+            To the bit what ``compute`` gives for each part. [N, ...]
+        """
+        read = x.to(self.products)
+        by = (list(parts), list(weights), self._bias)
+        if not self._of_pictures:
+            return self._rows_of_parts(read, x, *by)
+        pixels = read.permute(0, 2, 3, 1).contiguous()
+        if not self.convolves:
+            return self._rows_of_parts(pixels, x, *by).permute(0, 3, 1, 2)
+        return _scripted(_convolved_by_parts)(pixels.permute(0, 3, 1, 2), x, *by, *self._geometry())
+
+    def _rows_of_parts(self, x: Tensor, like: Tensor, *by: Any) -> Tensor:
+        return _scripted(_projected_by_parts)(x, like, *by, sum(self.out_sizes), FEWEST_ROWS)
+
     def _computed(self, x: Tensor, weight: Tensor) -> Tensor:
         if not self._of_pictures:
             return self._of_rows(x, weight)
         pixels = x.permute(0, 2, 3, 1).contiguous()
         if not self.convolves:
             return self._of_rows(pixels, weight).permute(0, 3, 1, 2)
+        pictures = pixels.permute(0, 3, 1, 2)
+        return _scripted(_convolved)(pictures, weight, self._bias, *self._geometry())
+
+    def _geometry(self) -> tuple[list[int], list[int], list[int], int]:
+        """A convolution's padding, stride and dilation, and its groups."""
         module = self.module
         assert isinstance(module, nn.Conv2d)
         assert not isinstance(module.padding, str)
-        geometry = (module.padding, module.stride, module.dilation)
-        pictures = pixels.permute(0, 3, 1, 2)
-        return _scripted(_convolved)(
-            pictures, weight, self._bias, *map(list, geometry), module.groups
-        )
+        return list(module.padding), list(module.stride), list(module.dilation), module.groups
 
     def _of_rows(self, x: Tensor, weight: Tensor) -> Tensor:
         """Rows of channels, filled up where they are few. [..., C]"""
@@ -186,6 +209,67 @@ def _convolved(
     return torch.ops.mkldnn._convolution_pointwise(
         x, weight, bias, padding, stride, dilation, groups, "none", [], ""
     )
+
+
+def _projected_by_parts(
+    x: Tensor,
+    like: Tensor,
+    parts: list[Tensor],
+    weights: list[Tensor],
+    bias: Optional[Tensor],  # noqa: UP045
+    width: int,
+    fewest: int,
+) -> Tensor:
+    """A linear layer with a packed weight for each part, in the type of another. [N, ..., C]"""
+    rows = x.reshape(-1, x.size(-1))
+    each = rows.size(0) // len(x)
+    sizes: list[int] = []
+    for part in parts:
+        sizes.append(each * len(part))
+    outcome = torch.empty([rows.size(0), width], dtype=like.dtype)
+    for read, written, weight in zip(  # noqa: B905
+        rows.split_with_sizes(sizes), outcome.split_with_sizes(sizes), weights
+    ):
+        if len(written) > 0:
+            if each < fewest:
+                blank = torch.zeros([fewest - 1, rows.size(1)], dtype=rows.dtype)
+                read = torch.cat([read, blank])
+            made = torch.ops.mkldnn._linear_pointwise(read, weight, bias, "none", [], "")
+            if each < fewest:
+                made = made.narrow(0, 0, len(written))
+            written.copy_(made)
+    return outcome.view(list(x.shape[:-1]) + [width])
+
+
+def _convolved_by_parts(
+    x: Tensor,
+    like: Tensor,
+    parts: list[Tensor],
+    weights: list[Tensor],
+    bias: Optional[Tensor],  # noqa: UP045
+    padding: list[int],
+    stride: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    """A convolution with a packed weight for each part, in the type of another. [N, C, h, w]"""
+    sizes: list[int] = []
+    for part in parts:
+        sizes.append(len(part))
+    made: list[Tensor] = []
+    for read, weight in zip(x.split_with_sizes(sizes), weights):  # noqa: B905
+        if len(read) > 0:
+            made.append(
+                torch.ops.mkldnn._convolution_pointwise(
+                    read, weight, bias, padding, stride, dilation, groups, "none", [], ""
+                )
+            )
+    _, channels, height, width = made[0].shape
+    pixels = torch.empty([len(x), height, width, channels], dtype=like.dtype)
+    pictures = pixels.permute(0, 3, 1, 2)
+    for written, outcome in zip(pictures.split_with_sizes(sizes), made):  # noqa: B905
+        written.copy_(outcome)
+    return pictures
 
 
 @functools.cache
@@ -238,75 +322,6 @@ def _takes_single_pixels(module: nn.Conv2d) -> bool:
     return (module.kernel_size, module.stride, module.padding, module.groups) == (
         (1, 1), (1, 1), (0, 0), 1,
     )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Parts:
-    """Which consecutive samples of a batch use which weights.
-
-    Attributes:
-        ends: Where each part ends; of no matter where there is but one.
-        weights: For each part, the packed weight of every layer, or None for the layer's own.
-    """
-
-    ends: tuple[int, ...] = ()
-    weights: tuple[Sequence[Packed | None] | None, ...] = (None,)
-
-    def sizes(self, count: int) -> list[int]:
-        """Samples of each part, in a batch of so many."""
-        return [count] if len(self.weights) == 1 else self._sizes
-
-    @cached_property
-    def _sizes(self) -> list[int]:
-        """Asked for by every layer in every step."""
-        return [end - start for start, end in itertools.pairwise((0, *self.ends))]
-
-    def between(self, start: int, stop: int) -> Parts:
-        """The parts, or what is left of them, of the samples from one place to another."""
-        if len(self.weights) == 1:
-            return self
-        kept = [
-            (min(end, stop) - start, weights)
-            for (begin, end), weights in zip(
-                itertools.pairwise((0, *self.ends)), self.weights, strict=True
-            )
-            if begin < stop and end > start
-        ]
-        return Parts(tuple(end for end, _ in kept), tuple(weights for _, weights in kept))
-
-    def pieces(
-        self, count: int, most: int
-    ) -> Iterator[tuple[int, int, Sequence[Packed | None] | None]]:
-        """Pieces of a batch within which there is one set of weights.
-
-        Args:
-            count: Samples of the batch.
-            most: Of a piece.
-
-        Yields:
-            Where a piece starts and stops, and its weights.
-        """
-        start = 0
-        for size, weights in zip(self.sizes(count), self.weights, strict=True):
-            stop = start + size
-            for first in range(start, stop, most):
-                yield first, min(first + most, stop), weights
-            start = stop
-
-
-class Parting(threading.local):
-    """The parts that the layers of a network go by; each thread has its own."""
-
-    parts = Parts()
-
-    @contextmanager
-    def by(self, parts: Parts) -> Iterator[None]:
-        """The calling thread goes by these parts, and then by those of before."""
-        before, self.parts = self.parts, parts
-        try:
-            yield
-        finally:
-            self.parts = before
 
 
 @dataclass

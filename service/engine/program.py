@@ -3,8 +3,9 @@
 What Python does between a thousand small operations takes half as long as computing them does for
 one sample of ``nano``, and threads that compute side by side wait for each other's interpreter. So
 the network is traced once for pictures of a size, and whoever runs the program says with whose
-weights. Samples of several scenes are computed one scene after the other, each by the very
-operations by which it would be computed alone.
+weights. A second program is for samples of several scenes: its layers compute one scene after the
+other, each by the very products by which it would be computed alone, and what is between the layers
+is done for all of them at once.
 
 The programs are TorchScript's, which PyTorch calls deprecated and still ships; its successors need
 a C++ compiler where the service runs. A network that cannot be traced is run by Python.
@@ -12,12 +13,13 @@ a C++ compiler where the service runs. A network that cannot be traced is run by
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeGuard
 
@@ -27,32 +29,43 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor, nn
 
-from service.engine.conditioning import Conditioned, Conditioning
-from service.engine.layers import Exact, Packed, Parting
+from service.engine.conditioning import Conditioned, Conditioning, Together
+from service.engine.layers import Exact, Packed
+from service.engine.parts import Parting, Parts
 
 logger = logging.getLogger(__name__)
 
-# Samples of one scene in one call of the network. Four of nano take 0.8 of the time of four calls
-# for one, and eight as long as two calls for four (trials on one core).
+# Samples in one call of the network. Four of nano take 0.85 of the time of four calls for one, and
+# 0.95 where each is of another scene; eight as long as two calls for four (trials on one core).
 AT_ONCE = 4
-# Sizes of pictures and prompts for which there are programs: whoever sends many does not fill the
-# memory, Python computes the others.
-MOST_PROGRAMS = 8
+# For eight sizes of pictures and prompts, of one scene and of several: whoever sends more does not
+# fill the memory, Python computes the others.
+MOST_PROGRAMS = 16
 
 
 class Given(threading.local):
-    """The packed weights that the calling thread's layers compute with; None for their own."""
+    """What the calling thread's layers compute with.
 
-    weights: Sequence[Tensor] | None = None
+    Attributes:
+        weights: Of each part of the batch, packed weights, one for each layer; None for the
+            layers' own.
+        parts: Tell by their first sizes how many samples each part has; none where there is one.
+    """
+
+    weights: Sequence[Sequence[Tensor]] | None = None
+    parts: Sequence[Tensor] = ()
 
     @contextmanager
-    def by(self, weights: Sequence[Tensor]) -> Iterator[None]:
-        """The calling thread's layers compute with these, one for each layer."""
-        before, self.weights = self.weights, weights
+    def by(
+        self, weights: Sequence[Sequence[Tensor]], parts: Sequence[Tensor] = ()
+    ) -> Iterator[None]:
+        """The calling thread's layers compute with these."""
+        before = self.weights, self.parts
+        self.weights, self.parts = weights, parts
         try:
             yield
         finally:
-            self.weights = before
+            self.weights, self.parts = before
 
 
 @dataclass
@@ -69,8 +82,13 @@ class GivenLayer:
 
     def __call__(self, x: Tensor) -> Tensor:
         """The layer's outcome. [N, ...]"""
-        weights = self.given.weights
-        return self.exact(x) if weights is None else self.exact.compute(x, weights[self.place])
+        given = self.given
+        if given.weights is None:
+            return self.exact(x)
+        weights = [of_part[self.place] for of_part in given.weights]
+        if not given.parts:
+            return self.exact.compute(x, weights[0])
+        return self.exact.compute_parts(x, given.parts, weights)
 
 
 class JoinedLayers(threading.local):
@@ -98,8 +116,12 @@ class JoinedLayers(threading.local):
         return self._outcomes[place]
 
 
+# Names a packed weight for each layer of a network, for so many samples.
+WeightsFor = Callable[[int], Sequence[Tensor]]
+
+
 class Programs:
-    """A network's programs, each for pictures and prompts of one size.
+    """A network's programs, for pictures and prompts of one size each, of one scene or of several.
 
     Args:
         network: Computes [N, C, h, w] from latents, timesteps and prompts.
@@ -109,7 +131,7 @@ class Programs:
     def __init__(self, network: Callable[[Tensor, Tensor, Tensor], Tensor], given: Given) -> None:
         self._network = network
         self._given = given
-        self._programs: dict[tuple[torch.Size, ...], Callable[..., Tensor]] = {}
+        self._programs: dict[tuple[object, ...], Callable[..., Tensor]] = {}
         self._lock = threading.Lock()
 
     def run(
@@ -117,7 +139,7 @@ class Programs:
         latents: Tensor,
         timesteps: Tensor,
         prompts: Tensor,
-        weights: Callable[[int], Sequence[Tensor]],
+        parts: Sequence[tuple[int, WeightsFor]],
     ) -> Tensor:
         """One call of the network.
 
@@ -125,70 +147,115 @@ class Programs:
             latents: And what is known of the picture. [N, C, h, w]
             timesteps: Or what was made of them. [N] or [N, T]
             prompts: Or what was made of them. [N, L, D]
-            weights: Names a packed weight for each of its layers, for so many samples.
+            parts: Samples of each part, ``AT_ONCE`` parts at most, and their weights.
         """
         given = (latents, timesteps, prompts)
-        program = self._program(*given, weights)
-        # Optimising a program takes longer than tracing it, and does not make it quicker.
-        with torch.jit.optimized_execution(False):  # type: ignore[attr-defined]
-            return program(*given, *weights(len(latents)))
+        program = self._program(*given, parts)
+        # Nothing is told to autograd, which would take a fiftieth of a step. Optimising a program
+        # takes longer than tracing it, and does not make it quicker.
+        with torch.inference_mode(), torch.jit.optimized_execution(False):  # type: ignore[attr-defined]
+            return program(*given, *_weights_of(parts))
 
     def _program(
         self,
         latents: Tensor,
         timesteps: Tensor,
         prompts: Tensor,
-        weights: Callable[[int], Sequence[Tensor]],
+        parts: Sequence[tuple[int, WeightsFor]],
     ) -> Callable[..., Tensor]:
-        sizes = (latents.shape[1:], prompts.shape[1:])
-        if sizes not in self._programs:
+        way = self.by_python if len(parts) == 1 else self.by_python_in_parts
+        key = (len(parts) == 1, latents.shape[1:], prompts.shape[1:])
+        if key not in self._programs:
             with self._lock:
-                if sizes not in self._programs:
+                if key not in self._programs:
                     if len(self._programs) == MOST_PROGRAMS:
-                        return self.by_python
+                        return way
                     # That of one sample is that of any number: its rows are filled up where one
                     # sample's are too few.
                     one = (latents[:1], timesteps[:1], prompts[:1])
-                    self._programs[sizes] = self._traced(*one, weights)
-        return self._programs[sizes]
+                    of_one = [(1, parts[0][1]), *((0, of_part) for _, of_part in parts[1:])]
+                    self._programs[key] = self._traced(way, *one, of_one)
+        return self._programs[key]
 
     def by_python(
         self, latents: Tensor, timesteps: Tensor, prompts: Tensor, *weights: Tensor
     ) -> Tensor:
-        """What a program does, by Python."""
-        with self._given.by(weights):
+        """What a program for one scene does, by Python."""
+        with self._given.by([weights]):
+            return self._network(latents, timesteps, prompts)
+
+    def by_python_in_parts(
+        self, latents: Tensor, timesteps: Tensor, prompts: Tensor, *parts_and_weights: Tensor
+    ) -> Tensor:
+        """What a program for several scenes does, by Python.
+
+        Args:
+            latents: As for ``run``, and ``timesteps`` and ``prompts``.
+            parts_and_weights: What tells the sizes of ``AT_ONCE`` parts, and then the weights of
+                one part after the other.
+        """
+        parts, weights = parts_and_weights[:AT_ONCE], parts_and_weights[AT_ONCE:]
+        layers = len(weights) // AT_ONCE
+        of_parts = [weights[k * layers : (k + 1) * layers] for k in range(AT_ONCE)]
+        with self._given.by(of_parts, parts):
             return self._network(latents, timesteps, prompts)
 
     def by(self, weights: Sequence[Tensor]) -> AbstractContextManager[None]:
         """The calling thread's layers compute with these, one for each layer."""
-        return self._given.by(weights)
+        return self._given.by([weights])
 
     @torch.no_grad()
     def _traced(
         self,
+        way: Callable[..., Tensor],
         latents: Tensor,
         timesteps: Tensor,
         prompts: Tensor,
-        weights: Callable[[int], Sequence[Tensor]],
+        parts: Sequence[tuple[int, WeightsFor]],
     ) -> Callable[..., Tensor]:
+        given = (latents, timesteps, prompts)
         # Layers want their weights packed for the size of pictures that they have seen.
-        self._network(latents, timesteps, prompts)
+        self._network(*given)
         try:
             with warnings.catch_warnings():
                 # That sizes become part of the program is what is wanted.
                 warnings.simplefilter("ignore")
                 program: Callable[..., Tensor] = torch.jit.trace(
-                    self.by_python, (latents, timesteps, prompts, *weights(1)), check_trace=False
+                    way, (*given, *_distinct(_weights_of(parts))), check_trace=False
                 )
         except (RuntimeError, TypeError) as error:
             logger.warning("the U-Net cannot be made a program, Python runs it: %s", error)
-            return self.by_python
+            return way
         return program
+
+
+def _distinct(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Copies of what was there before: the tracer would make views, which packed ones refuse."""
+    seen: set[int] = set()
+    distinct = []
+    for tensor in tensors:
+        distinct.append(tensor.clone() if id(tensor) in seen else tensor)
+        seen.add(id(tensor))
+    return distinct
+
+
+def _weights_of(parts: Sequence[tuple[int, WeightsFor]]) -> list[Tensor]:
+    """What a program is given besides its inputs: of several parts their sizes go before.
+
+    There are ``AT_ONCE`` of these always, the last of which may be of no samples.
+    """
+    weights = [of_part(max(count, 1)) for count, of_part in parts]
+    if len(parts) == 1:
+        return list(weights[0])
+    missing = AT_ONCE - len(parts)
+    sizes = [*(count for count, _ in parts), *[0] * missing]
+    weights += [weights[0]] * missing
+    return [*(torch.empty(size, 0) for size in sizes), *itertools.chain(*weights)]
 
 
 @dataclass
 class PartedNetwork:
-    """A U-Net whose samples follow a parting, one part after the other.
+    """A U-Net whose samples follow a parting, a few of them in one call.
 
     Attributes:
         weights_of: The packed weights of a part for so many samples, given its set or None.
@@ -200,6 +267,7 @@ class PartedNetwork:
     parting: Parting
     weights_of: Callable[[Sequence[Packed | None] | None, int], Sequence[Tensor]]
     conditioning: Conditioning | None = None
+    _together: Together = field(default_factory=Together)
 
     def __call__(
         self,
@@ -215,17 +283,31 @@ class PartedNetwork:
         """
         prompts = encoder_hidden_states
         timesteps = timestep.expand(len(sample)) if isinstance(prompts, Tensor) else timestep
-        pieces = []
-        for start, stop, chosen in self.parting.parts.pieces(len(sample), AT_ONCE):
-            times, of_piece = timesteps[start:stop], prompts[start:stop]
-            if not isinstance(of_piece, Tensor):
-                told = Conditioned(times, _together(of_piece))
-            else:
-                told = self.conditioned(times, of_piece, chosen) or Conditioned(times, of_piece)
-            weights = partial(self.weights_of, chosen)
-            pieces.append(self.programs.run(sample[start:stop], *told, weights))
-        outcome = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        outcomes = []
+        for start, stop in self.parting.parts.pieces(len(sample), AT_ONCE):
+            parts = self.parting.parts.between(start, stop)
+            told = self._told(timesteps[start:stop], prompts[start:stop], parts)
+            by_part = [
+                (size, partial(self.weights_of, chosen))
+                for size, chosen in zip(parts.sizes(stop - start), parts.weights, strict=True)
+            ]
+            outcomes.append(self.programs.run(sample[start:stop], *told, by_part))
+        outcome = outcomes[0] if len(outcomes) == 1 else torch.cat(outcomes)
         return UNet2DConditionOutput(sample=outcome) if return_dict else (outcome,)
+
+    def _told(
+        self, timesteps: Tensor, prompts: Tensor | Sequence[Tensor], parts: Parts
+    ) -> Conditioned:
+        """What a call's program is told in the place of timesteps and prompts."""
+        if not isinstance(prompts, Tensor):
+            return Conditioned(timesteps, self._together.of(prompts))
+        made = []
+        sizes = parts.sizes(len(prompts))
+        for times, texts, chosen in zip(
+            timesteps.split(sizes), prompts.split(sizes), parts.weights, strict=True
+        ):
+            made.append(self.conditioned(times, texts, chosen) or Conditioned(times, texts))
+        return Conditioned(*map(torch.cat, zip(*made, strict=True)))
 
     @torch.no_grad()
     def conditioned(
@@ -242,14 +324,6 @@ class PartedNetwork:
             return None
         with self.programs.by(self.weights_of(chosen, 1)):
             return self.conditioning.of(timesteps, prompts)
-
-
-def _together(prompts: Sequence[Tensor]) -> Tensor:
-    """Of several samples; not copied where all are one. [L, P] each to [N, L, P]"""
-    first = prompts[0]
-    if all(prompt is first for prompt in prompts):
-        return first.expand(len(prompts), *first.shape)
-    return torch.stack(list(prompts))
 
 
 def layers_that_read_alike(network: nn.Module) -> list[list[nn.Module]]:

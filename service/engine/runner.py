@@ -136,6 +136,10 @@ class Runner:
             self._show_sizes()
         if exact and self._crew is not None:
             self._crew.work([self._show_sizes])
+        if application == "fused":
+            # The first batch of several scenes shall not wait until its program is made.
+            self.weights.rehearse((), 2)
+            self._show_sizes(2)
 
     def check(self, job: Job) -> None:
         """Refuse a job whose tensors or sampler do not fit the base, before it is queued.
@@ -174,7 +178,7 @@ class Runner:
             self.buckets.warm_up(mode, partial(self.weights.rehearse, mode))
 
     @torch.no_grad()
-    def _show_sizes(self) -> None:
+    def _show_sizes(self, samples: int = 1) -> None:
         """Run the U-Net once, so that its layers know for which pictures to pack weights, and how.
 
         How depends on the cores that the calling thread computes with.
@@ -182,9 +186,9 @@ class Runner:
         base, config = self.base, self.base.unet.config
         side = base.size_px // base.cell_px
         base.unet(
-            torch.zeros(1, int(config.in_channels), side, side),
-            torch.zeros(1, dtype=torch.long),
-            encoder_hidden_states=torch.zeros(1, 77, int(config.cross_attention_dim)),
+            torch.zeros(samples, int(config.in_channels), side, side),
+            torch.zeros(samples, dtype=torch.long),
+            encoder_hidden_states=torch.zeros(samples, 77, int(config.cross_attention_dim)),
         )
 
     @torch.no_grad()

@@ -12,6 +12,7 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from realfill.base import Base
+from service.engine.conditioning import MOST_KEPT, Together
 from service.engine.fused import FusedWeights
 from service.engine.program import PartedNetwork
 from service.engine.runner import Runner
@@ -123,3 +124,19 @@ def test_what_something_else_reads_is_left_to_the_steps(base: Base, reader: str)
     one = drawn(runner, [job_for(base, "a", 1)])[0]
     together = drawn(runner, [job_for(base, "a", 1), job_for(base, "b", 2)])[0]
     assert torch.equal(one, together)
+
+
+def test_prompts_are_brought_together_once_for_the_same_samples() -> None:
+    """The next step finds them; other samples, or the same in another order, get their own."""
+    together = Together()
+    one, other = torch.ones(2, 3), torch.zeros(2, 3)
+    first = together.of([one, other])
+    assert torch.equal(first, torch.stack([one, other]))
+    assert together.of([one, other]) is first
+    assert torch.equal(together.of([other, one]), torch.stack([other, one]))
+    assert torch.equal(together.of([one, one.clone()]), torch.ones(2, 2, 3))
+    assert together.of([one, one]).data_ptr() == one.data_ptr()
+    # What fell out is made anew.
+    for _ in range(MOST_KEPT):
+        together.of([torch.ones(2, 3), other])
+    assert together.of([one, other]) is not first

@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from service.engine.layers import Exact, Parts
+from service.engine.layers import Exact
+from service.engine.parts import Parts
 from tests.products import PRODUCTS
 
 LAYERS = {
@@ -145,6 +146,44 @@ def test_no_weight_is_converted_while_steps_are_made(products: torch.dtype) -> N
     assert [line for line in second.splitlines() if ",reorder," in line] == []
 
 
+@pytest.mark.parametrize("products", PRODUCTS)
+@pytest.mark.parametrize("kind", LAYERS)
+@torch.no_grad()
+def test_a_layer_computes_parts_as_it_would_compute_each(kind: str, products: torch.dtype) -> None:
+    """To the bit, each with its own weight; a part of no samples is none."""
+    make, shape = LAYERS[kind]
+    layer = Exact(make(), products=products)
+    x = torch.randn(4, *shape)
+    layer(x[:1])
+    weights = [layer.pack(torch.randn_like(layer.module.weight)) for _ in range(3)]
+    sizes = (1, 2, 1, 0)
+    fitting = [packed.for_samples(size) for packed, size in zip(weights, sizes, strict=False)]
+    outcome = layer.compute_parts(
+        x, [torch.empty(size, 0) for size in sizes], [*fitting, fitting[0]]
+    )
+    alone = map(layer.compute, x.split(sizes[:3]), fitting)
+    assert outcome.dtype == torch.float32
+    assert torch.equal(outcome, torch.cat(list(alone)))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "pieces"),
+    [
+        ([4], [(0, 4)]),
+        ([9], [(0, 4), (4, 8), (8, 9)]),
+        ([1, 1, 1, 1, 1], [(0, 4), (4, 5)]),
+        ([3, 3, 1], [(0, 3), (3, 7)]),
+        ([1, 5, 2], [(0, 1), (1, 5), (5, 8)]),
+    ],
+)
+def test_scenes_share_a_piece_where_none_of_them_is_cut_for_it(
+    sizes: list[int], pieces: list[tuple[int, int]]
+) -> None:
+    """A cut would be one more part to compute; only scenes too large for a piece are cut."""
+    ends = tuple(sum(sizes[: k + 1]) for k in range(len(sizes)))
+    assert list(Parts(ends, (None,) * len(sizes)).pieces(sum(sizes), 4)) == pieces
+
+
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=6), st.data())
 def test_a_share_of_a_batch_keeps_every_samples_weights(
     sizes: list[int], data: st.DataObject
@@ -159,11 +198,14 @@ def test_a_share_of_a_batch_keeps_every_samples_weights(
     share = parts.between(start, stop)
     assert _owners(share, stop - start) == whole[start:stop]
     pieces = list(share.pieces(stop - start, 4))
-    assert [k for first, last, _ in pieces for k in range(first, last)] == list(range(stop - start))
-    assert all(last - first <= 4 for first, last, _ in pieces)
-    assert [
-        int(weights[0]) for first, last, weights in pieces for _ in range(first, last)
-    ] == whole[start:stop]
+    assert [k for first, last in pieces for k in range(first, last)] == list(range(stop - start))
+    assert all(last - first <= 4 for first, last in pieces)
+    owners = [
+        owner
+        for first, last in pieces
+        for owner in _owners(share.between(first, last), last - first)
+    ]
+    assert owners == whole[start:stop]
 
 
 def _owners(parts: Parts, count: int) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Sequence
+from functools import partial
 
 import pytest
 import torch
@@ -82,6 +83,48 @@ def test_a_program_computes_what_python_does_for_any_number_of_samples(
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("products", PRODUCTS)
+@pytest.mark.parametrize("side", [4, 8, 32])
+@pytest.mark.parametrize("told", [False, True])
+def test_scenes_in_one_call_get_what_they_get_alone(
+    base: Base, side: int, told: bool, products: torch.dtype, caplog: pytest.LogCaptureFixture
+) -> None:
+    """To the bit, with one sample or several of each scene, the base alone among them."""
+    weights = FusedWeights(base.unet, base.adapter_modules, budget_bytes=2**30, products=products)
+    try:
+        network = _network(base)
+        digests = [letter * 64 for letter in "abc"]
+        for seed, digest in enumerate(digests):
+            weights.take(digest, tiny_adapter(base, seed=seed))
+        owners = [*digests, None]
+        for sizes in ((1, 1, 1, 1), (2, 1), (1, 1, 2), (3, 1), (2, 2)):
+            parts = [Part(owner, size) for owner, size in zip(owners, sizes, strict=False)]
+            x, timesteps, prompts = _inputs(base, sum(sizes), side=side)
+            told_alone, alone = [], []
+            start = 0
+            for part in parts:
+                of_part = slice(start, start := start + part.count)
+                weights.apply([part])
+                chosen = network.parting.parts.weights[0]
+                made = network.conditioned(timesteps[of_part], prompts[of_part], chosen)
+                assert made is not None
+                told_alone.append(made)
+                alone += [network(x[k][None], timesteps[k][None], prompts[k][None]).sample
+                          for k in range(of_part.start, of_part.stop)]  # fmt: skip
+            weights.apply(parts)
+            given = (timesteps, prompts)
+            if told:
+                times = torch.cat([one.times for one in told_alone])
+                given = (times, [prompt for one in told_alone for prompt in one.prompts])
+            outcome = network(x, *given).sample
+            assert torch.equal(outcome, torch.cat(alone))
+            assert torch.equal(network(x, *given).sample, outcome)
+        assert not caplog.records, "the network was not made a program"
+    finally:
+        weights.release()
+
+
+@torch.no_grad()
 def test_the_base_by_itself_is_diffusers_within_rounding(base: Base) -> None:
     """With several pieces, a timestep that is one for all, and joined layers."""
     x, _, prompts = _inputs(base, 7)
@@ -136,7 +179,7 @@ def test_threads_that_ask_at_once_get_one_program() -> None:
         x = torch.ones(2, 8)
         barrier.wait()
         with torch.no_grad():
-            run = programs.run(x, x, x, lambda samples: _of_ones(network.layer, samples))
+            run = programs.run(x, x, x, [(len(x), partial(_of_ones, network.layer))])
         outcomes.append(run)
 
     threads = [threading.Thread(target=ask) for _ in range(4)]
@@ -160,7 +203,7 @@ def test_sizes_beyond_the_most_are_run_by_python(monkeypatch: pytest.MonkeyPatch
     programs = Programs(network, given)
     for length, calls in ((1, 2), (1, 2), (2, 3), (2, 4), (1, 4)):
         x = torch.ones(1, length, 8)
-        programs.run(x, x, x, lambda samples: _of_ones(network.layer, samples))
+        programs.run(x, x, x, [(len(x), partial(_of_ones, network.layer))])
         assert network.calls == calls
 
 
@@ -181,7 +224,7 @@ def test_a_network_that_cannot_be_traced_is_run_by_python(
     x = torch.ones(1, 8)
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
-            programs.run(x, x, x, lambda samples: _of_ones(network.layer, samples))
+            programs.run(x, x, x, [(len(x), partial(_of_ones, network.layer))])
     assert network.calls == 3
     assert [record.message for record in caplog.records] == [
         "the U-Net cannot be made a program, Python runs it: no program of this"
