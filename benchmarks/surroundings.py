@@ -11,6 +11,8 @@ import sys
 from functools import cache
 from pathlib import Path
 
+from service.libraries import has_tcmalloc
+
 ROOT = Path(__file__).resolve().parents[1]
 VERSIONS = (
     "torch",
@@ -36,12 +38,15 @@ INSTRUCTIONS = {
 
 
 def machine() -> str:
-    """Processor and its widest instructions, usable cores, memory, system; never a host name."""
+    """Processor and its widest instructions, usable cores, memory, system; never a host name.
+
+    And that what is served has tcmalloc, where it has.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return (
-        f"{_processor()}, {cores} cores, {memory:.0f} GiB, {platform.system()} {platform.machine()}"
-    )
+    system = f"{platform.system()} {platform.machine()}"
+    words = [_processor(), f"{cores} cores", f"{memory:.0f} GiB", system]
+    return ", ".join([*words, "tcmalloc"] if has_tcmalloc() else words)
 
 
 def _processor() -> str:

@@ -23,6 +23,7 @@ from registry import Registry, RegistryError
 from registry.address import CACHE_VARIABLE
 from service.client import DEFAULT_TIMEOUT_S, DEFAULT_URL, Client, image_of
 from service.errors import ServiceError
+from service.libraries import library_variables
 from service.settings import PREFIX, SamplerName, Settings, load_settings
 
 # Above the service's own request limit, so that requests in flight are answered first.
@@ -72,19 +73,6 @@ def serve(**options: Any) -> None:
     sys.exit(status)
 
 
-# Read when the libraries are loaded, so that the service cannot set them itself. Idle threads of
-# NumPy and SciPy spin for 30 ms after each seam, and would take a core from the lane. The lane's
-# spin for 10 ms unless told otherwise (300000 turns), and take a core from whoever writes the
-# answer; so many turns, 2 to 4 ms, are still longer than the lane's pauses between operations.
-# Scenes are made ready by many threads; where each has a heap of its own, memory that one scene
-# leaves is not there for the next.
-LIBRARIES = {
-    "OPENBLAS_NUM_THREADS": "1",
-    "GOMP_SPINCOUNT": "50000",
-    "MALLOC_ARENA_MAX": "2",
-}
-
-
 def environment_of(settings: Settings) -> dict[str, str]:
     """The settings as variables, paths made absolute since the service has another folder."""
     values: dict[str, Any] = settings.model_dump(exclude_unset=True)
@@ -101,8 +89,7 @@ def environment_of(settings: Settings) -> dict[str, str]:
     if cache := os.environ.get(CACHE_VARIABLE):
         values["registry_cache"] = str(Path(cache).resolve())
     variables = {PREFIX + name.upper(): str(value) for name, value in values.items()}
-    libraries = {name: os.environ.get(name, value) for name, value in LIBRARIES.items()}
-    return {**variables, **libraries, "BENTOML_DO_NOT_TRACK": "True"}
+    return {**variables, **library_variables(), "BENTOML_DO_NOT_TRACK": "True"}
 
 
 def _absolute_address(address: str) -> str:

@@ -37,6 +37,7 @@ from realfill.errors import RealFillError
 from realfill.precision import serving_precision
 from service.engine.layers import is_exact
 from service.engine.runner import Application
+from service.libraries import preload
 
 BATCHES = (1, 2, 4, 8, 16)
 RANKS = {"nano": 32}
@@ -381,4 +382,6 @@ def main(
 
 
 if __name__ == "__main__":
+    # As what is served, and so are the peers in this process.
+    preload()
     main()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import os
 import sys
 import tempfile
 import time
@@ -42,6 +43,7 @@ from realfill.base import Base, load_base
 from realfill.errors import RealFillError
 from registry import Registry
 from registry.reader import PAGE
+from service.libraries import library_variables
 
 PEER = (
     "diffusers' models and scheduler, candidates in one batch, a LoRA file loaded where the scene "
@@ -308,7 +310,11 @@ def both(
             words = [sys.executable, *program, "--registry", str(registry), "--port", str(port)]
             words += ["--base", base_name, "--device", device, "--matcher", matcher]
             log = server.out / "server.log"
-            stack.enter_context(serving(words, server.url, log=log, start_s=START_S))
+            # The same allocator and threads for both.
+            environment = {**os.environ, **library_variables()}
+            stack.enter_context(
+                serving(words, server.url, log=log, start_s=START_S, environment=environment)
+            )
             servers.append(server)
         yield servers
 

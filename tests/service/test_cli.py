@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from service.cli import LIBRARIES, _kill, complete, environment_of, serve
+from service.cli import _kill, complete, environment_of, serve
 from service.client import Client
 from service.errors import ServiceUnreachable
 from service.settings import load_settings
@@ -86,21 +86,6 @@ def test_a_supervisor_that_is_killed_takes_its_worker_along() -> None:
         # Its end comes when nobody is left who might write.
         assert server.stdout.read() == b""
     assert time.monotonic() - began < 30
-
-
-def test_libraries_are_set_as_they_are_in_the_image(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Idle threads give their cores back, and heaps are few, unless the caller has set it."""
-    for name in LIBRARIES:
-        monkeypatch.delenv(name, raising=False)
-    bentofile = (Path(__file__).parents[2] / "bentofile.yaml").read_text()
-    found = environment_of(load_settings())
-    for name, value in LIBRARIES.items():
-        assert found[name] == value
-        assert f'name: {name}\n    value: "{value}"\n' in bentofile
-    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
-    assert environment_of(load_settings())["GOMP_SPINCOUNT"] == "7"
 
 
 @pytest.mark.parametrize(
