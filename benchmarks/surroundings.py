@@ -40,7 +40,7 @@ INSTRUCTIONS = {
 def machine() -> str:
     """Processor and its widest instructions, usable cores, memory, system; never a host name.
 
-    And that what is served has tcmalloc, where it has.
+    And that the process allocates by tcmalloc, where it does.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30

@@ -37,7 +37,7 @@ from realfill.errors import RealFillError
 from realfill.precision import serving_precision
 from service.engine.layers import is_exact
 from service.engine.runner import Application
-from service.libraries import preload
+from service.libraries import begin_as_served
 
 BATCHES = (1, 2, 4, 8, 16)
 RANKS = {"nano": 32}
@@ -382,6 +382,6 @@ def main(
 
 
 if __name__ == "__main__":
-    # As what is served, and so are the peers in this process.
-    preload()
+    # And so do the peers in this process.
+    begin_as_served()
     main()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import io
-import os
 import sys
 import tempfile
 import time
@@ -43,7 +42,7 @@ from realfill.base import Base, load_base
 from realfill.errors import RealFillError
 from registry import Registry
 from registry.reader import PAGE
-from service.libraries import library_variables
+from service.libraries import begin_as_served
 
 PEER = (
     "diffusers' models and scheduler, candidates in one batch, a LoRA file loaded where the scene "
@@ -310,11 +309,7 @@ def both(
             words = [sys.executable, *program, "--registry", str(registry), "--port", str(port)]
             words += ["--base", base_name, "--device", device, "--matcher", matcher]
             log = server.out / "server.log"
-            # The same allocator and threads for both.
-            environment = {**os.environ, **library_variables()}
-            stack.enter_context(
-                serving(words, server.url, log=log, start_s=START_S, environment=environment)
-            )
+            stack.enter_context(serving(words, server.url, log=log, start_s=START_S))
             servers.append(server)
         yield servers
 
@@ -382,4 +377,5 @@ def main(
 
 
 if __name__ == "__main__":
+    begin_as_served()
     main()

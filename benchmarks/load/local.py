@@ -21,6 +21,7 @@ import httpx
 from benchmarks.load.driver import Payload, read_payload
 from benchmarks.load.report import Conditions
 from benchmarks.load.run import run
+from service.libraries import begin_as_served
 
 STOP_S = 20.0
 STOP_AGAIN_S = 5.0
@@ -192,4 +193,5 @@ def main(
 
 
 if __name__ == "__main__":
+    begin_as_served()
     main()

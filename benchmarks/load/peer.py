@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import os
 from collections.abc import Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -166,8 +167,9 @@ def application(peer: Peer, lane: Executor) -> FastAPI:
 
 def load_peer(registry: Path, folder: Path, base: str, matcher: str, device: str) -> Peer:
     """A peer of all scenes in a registry, their LoRA files in a folder."""
-    # All of it in what the service multiplies in.
-    loaded = load_base(base, device=device, dtype=serving_precision(device).products)
+    # All of it in what the service multiplies in, which reads the same variable.
+    precision = serving_precision(device, os.environ.get("REALFILL_DTYPE") or "auto")
+    loaded = load_base(base, device=device, dtype=precision.products)
     program = load_matcher(f"torch:{matcher.removeprefix('torch:')}", device)
     assert isinstance(program, LoFTRMatcher)
     opened = Registry.open(registry)

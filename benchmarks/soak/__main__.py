@@ -23,6 +23,7 @@ from benchmarks.soak.run import Findings, Soak, soak
 from realfill.base import load_base
 from realfill.errors import RealFillError
 from registry import RegistryError
+from service.libraries import begin_as_served
 
 # Fewer capsules than scenes, so that they come and go all the time; no ranking.
 # Room for nine of fifty scenes' weights on the device and for a dozen capsules in memory.
@@ -155,4 +156,5 @@ def _state(driver: Driver) -> str:
 
 
 if __name__ == "__main__":
+    begin_as_served()
     main()

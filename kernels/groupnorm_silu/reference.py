@@ -23,7 +23,7 @@ def groupnorm_silu_reference(
 ) -> Tensor:
     """silu(group_norm(x + added)) in float32 or wider, rounded once.
 
-    A sample's bits depend neither on its neighbours nor on the number of threads.
+    A sample's bits do not depend on its neighbours, nor on whether one thread computes or two.
 
     Args:
         x, groups, weight, bias, eps, silu, added: As in `kernels.groupnorm_silu.groupnorm_silu`.

@@ -8,9 +8,8 @@ all of ``nano``'s, would be read from memory for that sample alone.
 from __future__ import annotations
 
 import itertools
-import operator
 import threading
-from collections import deque
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,13 +18,11 @@ from typing import NamedTuple
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from service.engine.fusion import plain_cross_attention, times_are_plain
 from service.engine.layers import Installed
 from service.engine.picture_blocks import ActivatedTimes
-
-# Pieces of a batch, of each thread, whose prompts are kept together for the next step.
-MOST_KEPT = 4
 
 
 class Conditioned(NamedTuple):
@@ -43,23 +40,24 @@ class Conditioned(NamedTuple):
 class Together(threading.local):
     """Prompts of several samples in one tensor, which the next step of the same samples finds.
 
-    Those of a batch's pieces are kept: a copy of what four samples' prompts became takes a
-    hundredth of their step.
+    It goes with the job of the first, and is made anew where the others are not the same.
     """
 
     def __init__(self) -> None:
-        self._kept: deque[tuple[Sequence[Tensor], Tensor]] = deque(maxlen=MOST_KEPT)
+        self._made: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
     def of(self, prompts: Sequence[Tensor]) -> Tensor:
         """Not copied where all are one. [L, P] each to [N, L, P]"""
-        first = prompts[0]
-        if all(prompt is first for prompt in prompts):
+        first, *others = prompts
+        if all(other is first for other in others):
             return first.expand(len(prompts), *first.shape)
-        for kept, together in self._kept:
-            if len(kept) == len(prompts) and all(map(operator.is_, kept, prompts)):
-                return together
+        before, together = self._made.get(first, ((), None))
+        if len(before) == len(others) and all(
+            kept() is other for kept, other in zip(before, others, strict=True)
+        ):
+            return together
         together = torch.stack(list(prompts))
-        self._kept.append((tuple(prompts), together))
+        self._made[first] = [weakref.ref(other) for other in others], together
         return together
 
 

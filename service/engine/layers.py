@@ -41,6 +41,10 @@ class Exact:
             weights stand below its own, their outcomes behind its own.
         products: What it multiplies in: weight, bias and what is read are rounded to it, and so is
             the outcome, which is handed on in the type of what was read.
+
+    Attributes:
+        modules: All of them.
+        out_sizes: Channels of each one's outcome.
     """
 
     def __init__(
@@ -52,6 +56,8 @@ class Exact:
         self.module = module
         self.products = products
         self.modules = (module, *beside)
+        # Here, since of a weight that a program asks for its size it would keep a copy.
+        self.out_sizes = [len(module.weight) for module in self.modules]
         self._of_pictures = isinstance(module, nn.Conv2d)
         # A convolution of single pixels is a linear layer of them. As a convolution its packed
         # weight may be in another form than the library wants, which then converts it every time.
@@ -65,11 +71,6 @@ class Exact:
         if self._bias is not None:
             # Nothing is learnt here, and a program takes no parameter as a constant.
             self._bias = self._bias.detach().to(products)
-
-    @property
-    def out_sizes(self) -> list[int]:
-        """Channels of each module's outcome."""
-        return [len(module.weight) for module in self.modules]
 
     def pack(self, weight: Tensor) -> Packed:
         """A weight as the layer computes with it.
@@ -126,8 +127,8 @@ class Exact:
 
         Args:
             x: What is read. [N, ...]
-            parts: Tell by their first sizes how many samples each part has, by 0 that there is no
-                such part: so a program need not be told by numbers, which would be fixed in it.
+            parts: Tell by their first sizes how many samples each part has, the last ones perhaps
+                none: so a program need not be told by numbers, which would be fixed in it.
             weights: Of each part, packed for so many samples.
 
         Returns:

@@ -30,7 +30,7 @@ class Parts:
 
     @cached_property
     def _sizes(self) -> list[int]:
-        """Asked for by every layer in every step."""
+        """Of each part."""
         return [end - start for start, end in itertools.pairwise((0, *self.ends))]
 
     def between(self, start: int, stop: int) -> Parts:

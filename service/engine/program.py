@@ -151,10 +151,12 @@ class Programs:
         """
         given = (latents, timesteps, prompts)
         program = self._program(*given, parts)
-        # Nothing is told to autograd, which would take a fiftieth of a step. Optimising a program
-        # takes longer than tracing it, and does not make it quicker.
+        # Not in inference mode: forms that are packed here are kept, and their versions read.
+        weights = _weights_of(parts)
+        # Nothing is told to autograd, which would take a fiftieth of a mixed step. Optimising a
+        # program takes longer than tracing it, and does not make it quicker.
         with torch.inference_mode(), torch.jit.optimized_execution(False):  # type: ignore[attr-defined]
-            return program(*given, *_weights_of(parts))
+            return program(*given, *weights)
 
     def _program(
         self,
@@ -173,8 +175,9 @@ class Programs:
                     # That of one sample is that of any number: its rows are filled up where one
                     # sample's are too few.
                     one = (latents[:1], timesteps[:1], prompts[:1])
-                    of_one = [(1, parts[0][1]), *((0, of_part) for _, of_part in parts[1:])]
-                    self._programs[key] = self._traced(way, *one, of_one)
+                    weights = parts[0][1](1)
+                    example = weights if len(parts) == 1 else _one_part_of(weights)
+                    self._programs[key] = self._traced(way, one, example)
         return self._programs[key]
 
     def by_python(
@@ -208,12 +211,9 @@ class Programs:
     def _traced(
         self,
         way: Callable[..., Tensor],
-        latents: Tensor,
-        timesteps: Tensor,
-        prompts: Tensor,
-        parts: Sequence[tuple[int, WeightsFor]],
+        given: tuple[Tensor, Tensor, Tensor],
+        weights: Sequence[Tensor],
     ) -> Callable[..., Tensor]:
-        given = (latents, timesteps, prompts)
         # Layers want their weights packed for the size of pictures that they have seen.
         self._network(*given)
         try:
@@ -221,7 +221,7 @@ class Programs:
                 # That sizes become part of the program is what is wanted.
                 warnings.simplefilter("ignore")
                 program: Callable[..., Tensor] = torch.jit.trace(
-                    way, (*given, *_distinct(_weights_of(parts))), check_trace=False
+                    way, (*given, *weights), check_trace=False
                 )
         except (RuntimeError, TypeError) as error:
             logger.warning("the U-Net cannot be made a program, Python runs it: %s", error)
@@ -229,22 +229,23 @@ class Programs:
         return program
 
 
-def _distinct(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Copies of what was there before: the tracer would make views, which packed ones refuse."""
-    seen: set[int] = set()
-    distinct = []
-    for tensor in tensors:
-        distinct.append(tensor.clone() if id(tensor) in seen else tensor)
-        seen.add(id(tensor))
-    return distinct
+def _one_part_of(weights: Sequence[Tensor]) -> list[Tensor]:
+    """What by_python_in_parts takes for one sample of one part, no tensor of it twice.
+
+    Of a tensor that comes twice the tracer makes views, which packed weights refuse.
+    """
+    sizes = [1, *[0] * (AT_ONCE - 1)]
+    nothing = [torch.empty(0) for _ in range(len(weights) * (AT_ONCE - 1))]
+    return [*(torch.empty(size, 0) for size in sizes), *weights, *nothing]
 
 
 def _weights_of(parts: Sequence[tuple[int, WeightsFor]]) -> list[Tensor]:
     """What a program is given besides its inputs: of several parts their sizes go before.
 
-    There are ``AT_ONCE`` of these always, the last of which may be of no samples.
+    There are ``AT_ONCE`` of these always, the last of which may be of no samples, and whose weights
+    are then of no matter.
     """
-    weights = [of_part(max(count, 1)) for count, of_part in parts]
+    weights = [of_part(count) for count, of_part in parts]
     if len(parts) == 1:
         return list(weights[0])
     missing = AT_ONCE - len(parts)

@@ -134,12 +134,12 @@ class Runner:
             self._fused = [install_attention(base.unet, attend)]
         if exact:
             self._show_sizes()
-        if exact and self._crew is not None:
-            self._crew.work([self._show_sizes])
-        if application == "fused":
-            # The first batch of several scenes shall not wait until its program is made.
+            if self._crew is not None:
+                self._crew.work([self._show_sizes])
+        if application == "fused":  # No batch of several scenes shall wait for its program.
             self.weights.rehearse((), 2)
             self._show_sizes(2)
+            self.weights.apply([Part(None, 1)])
 
     def check(self, job: Job) -> None:
         """Refuse a job whose tensors or sampler do not fit the base, before it is queued.

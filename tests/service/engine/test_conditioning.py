@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,7 +13,7 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from realfill.base import Base
-from service.engine.conditioning import MOST_KEPT, Together
+from service.engine.conditioning import Together
 from service.engine.fused import FusedWeights
 from service.engine.program import PartedNetwork
 from service.engine.runner import Runner
@@ -134,9 +135,21 @@ def test_prompts_are_brought_together_once_for_the_same_samples() -> None:
     assert torch.equal(first, torch.stack([one, other]))
     assert together.of([one, other]) is first
     assert torch.equal(together.of([other, one]), torch.stack([other, one]))
+    assert together.of([one, other]) is first
+    assert torch.equal(together.of([one, other, other]), torch.stack([one, other, other]))
     assert torch.equal(together.of([one, one.clone()]), torch.ones(2, 2, 3))
     assert together.of([one, one]).data_ptr() == one.data_ptr()
-    # What fell out is made anew.
-    for _ in range(MOST_KEPT):
-        together.of([torch.ones(2, 3), other])
-    assert together.of([one, other]) is not first
+
+
+def test_prompts_that_were_brought_together_go_with_the_first_ones_job() -> None:
+    """Nothing of a scene that was forgotten stays behind, and none is taken for another."""
+    together = Together()
+    one, other = torch.ones(2, 3), torch.zeros(2, 3)
+    made = weakref.ref(together.of([one, other]))
+    assert made() is not None
+    del other
+    assert torch.equal(together.of([one, torch.full((2, 3), 5.0)])[1], torch.full((2, 3), 5.0))
+    assert made() is None
+    made = weakref.ref(together.of([one, torch.zeros(2, 3)]))
+    del one
+    assert made() is None

@@ -87,9 +87,11 @@ def test_scenes_in_one_batch_are_drawn_as_if_alone(
         if application == "fused":
             assert torch.equal(one, other)
         torch.testing.assert_close(one, other, rtol=0, atol=FAR[products])
-    # The adapters do something, or the test could not fail.
+    # The adapters do something, or the test could not fail: what is drawn together is far nearer to
+    # itself alone than to the base's.
     plain = drawn(runner, [dataclasses.replace(jobs[0], digest=None, adapter=None)])[0]
-    assert float((plain - alone[0]).abs().max()) > 1e-2
+    off, effect = (together[0] - alone[0]).abs().mean(), (plain - alone[0]).abs().mean()
+    assert off < 0.2 * effect
 
 
 @pytest.mark.parametrize("products", PRODUCTS)

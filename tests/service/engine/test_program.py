@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import pytest
@@ -229,6 +229,52 @@ def test_a_network_that_cannot_be_traced_is_run_by_python(
     assert [record.message for record in caplog.records] == [
         "the U-Net cannot be made a program, Python runs it: no program of this"
     ]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("most", [0, 1])
+def test_several_scenes_have_a_program_or_python_computes_them(
+    monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    """Each sample by its own scene's weights either way, with fewer parts than there may be."""
+    monkeypatch.setattr(program, "MOST_PROGRAMS", most)
+    given = Given()
+    network = Doubling(given)
+    programs = Programs(network, given)
+    layer, bias = network.layer.exact, network.layer.exact.module.bias
+    assert bias is not None
+    x = torch.ones(3, 8)
+
+    def of(value: float) -> Callable[[int], Sequence[Tensor]]:
+        return lambda samples: [layer.pack(torch.full((8, 8), value)).for_samples(samples)]
+
+    for sizes, values in (((1, 2), (1.0, 2.0)), ((2, 1), (3.0, 1.0)), ((1, 1, 1), (1.0, 2.0, 3.0))):
+        parts = [(size, of(value)) for size, value in zip(sizes, values, strict=True)]
+        factors = torch.tensor(
+            [v for v, size in zip(values, sizes, strict=True) for _ in range(size)]
+        )
+        outcome = programs.run(x, x, x, parts)
+        torch.testing.assert_close(outcome, 8 * factors[:, None] + bias.expand(3, 8))
+    assert network.calls == (3 if most == 0 else 2)
+
+
+@torch.no_grad()
+def test_weights_that_a_step_packs_anew_are_sound_at_the_next(
+    base: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where convolutions want other forms for other numbers of samples, as without AVX-512."""
+    monkeypatch.setattr(Exact, "form", lambda _, samples: b"odd" if samples % 2 else b"even")
+    weights = FusedWeights(base.unet, base.adapter_modules, budget_bytes=2**30)
+    try:
+        weights.take("a", tiny_adapter(base, seed=1))
+        x, timesteps, prompts = _inputs(base, 2)
+        outcomes = []
+        for count in (1, 2, 1):
+            weights.apply([Part("a", count)])
+            outcomes.append(base.unet(x[:count], timesteps[:count], prompts[:count]).sample[0])
+        assert all(torch.equal(outcome, outcomes[0]) for outcome in outcomes)
+    finally:
+        weights.release()
 
 
 @torch.no_grad()
