@@ -382,6 +382,6 @@ def main(
 
 
 if __name__ == "__main__":
-    # And so do the peers in this process.
+    # Peers too compute in this process.
     begin_as_served()
     main()
