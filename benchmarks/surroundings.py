@@ -11,7 +11,7 @@ import sys
 from functools import cache
 from pathlib import Path
 
-from service.libraries import has_tcmalloc
+from realfill.allocator import has_tcmalloc
 
 ROOT = Path(__file__).resolve().parents[1]
 VERSIONS = (

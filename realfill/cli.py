@@ -378,7 +378,3 @@ def _device(name: str) -> str:
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise Refusal(f"--device is {name}, but torch sees no GPU here: use cpu or auto.")
     return name
-
-
-if __name__ == "__main__":
-    main()

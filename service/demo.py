@@ -175,7 +175,7 @@ def _trained(
 def _server(registry: Path, *, keep: bool) -> Iterator[Client]:
     """The service as a user starts it, on a free port; ended on leaving unless it is to be kept."""
     port = free_port("127.0.0.1")
-    command = [sys.executable, "-m", "realfill.cli", "serve"]
+    command = [sys.executable, "-m", "realfill", "serve"]
     command += ["--registry", str(registry), "--port", str(port)]
     log = registry.parent / "server.log"
     with log.open("wb") as sink:

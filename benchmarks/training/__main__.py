@@ -14,6 +14,7 @@ from benchmarks.command import Measurement
 from benchmarks.record import ROWS, Row, record, table_of
 from benchmarks.training.costs import count_costs
 from benchmarks.training.turns import seconds_in_turns
+from realfill.allocator import allocator_variables, begin_with
 from realfill.base import Base, load_base
 from realfill.config import preset
 from realfill.errors import RealFillError
@@ -127,4 +128,6 @@ def main(base: str, counted: str, parts: tuple[str, ...], steps: int, rows: Path
 
 
 if __name__ == "__main__":
+    # As the command trains.
+    begin_with(allocator_variables())
     main()

@@ -64,6 +64,13 @@ def _start(folder: Path, base: Path, port: int, **variables: str) -> subprocess.
         )
 
 
+def _supervisor(command: subprocess.Popen[str]) -> int | None:
+    """The process that the command has started, once it runs BentoML."""
+    children = Path(f"/proc/{command.pid}/task/{command.pid}/children").read_text().split()
+    named = (pid for pid in children if b"bentoml" in Path(f"/proc/{pid}/cmdline").read_bytes())
+    return next(map(int, named), None)
+
+
 def _end(server: subprocess.Popen[str]) -> int:
     server.send_signal(signal.SIGINT)
     try:
@@ -192,12 +199,10 @@ def test_a_terminal_that_closes_ends_the_service(tmp_path: Path) -> None:
     port = _free_port()
     command = _start(tmp_path, tmp_path / "nowhere", port)
     try:
-        children = Path(f"/proc/{command.pid}/task/{command.pid}/children")
         until = time.monotonic() + STARTED_WITHIN_S
-        while not children.read_text():
+        while (supervisor := _supervisor(command)) is None:
             assert time.monotonic() < until, (tmp_path / "log").read_text()
             time.sleep(0.01)
-        supervisor = int(children.read_text())
         command.send_signal(signal.SIGHUP)
         assert command.wait(30) == 0
         with pytest.raises(ProcessLookupError):
@@ -218,8 +223,9 @@ def test_a_supervisor_that_is_killed_takes_the_service_along(tmp_path: Path) -> 
             while not client.ready():
                 assert time.monotonic() < until, (tmp_path / "log").read_text()
                 time.sleep(0.2)
-            children = Path(f"/proc/{command.pid}/task/{command.pid}/children")
-            os.kill(int(children.read_text()), signal.SIGKILL)
+            supervisor = _supervisor(command)
+            assert supervisor is not None
+            os.kill(supervisor, signal.SIGKILL)
             assert command.wait(30) == 2
             until = time.monotonic() + 30
             while client.ready():

@@ -1,0 +1,55 @@
+"""Google's allocator, where the system has it: a process must have it before it begins."""
+
+from __future__ import annotations
+
+import os
+import sys
+import sysconfig
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+
+PRELOADED = "LD_PRELOAD"
+# The one without a profiler first; both allocate alike.
+_NAMES = ("libtcmalloc_minimal.so.*", "libtcmalloc.so.*")
+
+
+def allocator_variables() -> dict[str, str]:
+    """Variables for a process that computes on a CPU; what the caller preloads stays as it is."""
+    allocator = None if PRELOADED in os.environ else tcmalloc()
+    return {} if allocator is None else {PRELOADED: allocator}
+
+
+@cache
+def tcmalloc() -> str | None:
+    """The file of Google's allocator, if the system has it in a folder that the loader reads.
+
+    Of the time of a mixed batch on a CPU glibc's takes 4 % and this one 1 (docs/engine.md); a
+    training is an eighth shorter by it (docs/training.md).
+    """
+    if not sys.platform.startswith("linux"):
+        return None
+    # Not by ctypes' find_library, which starts the linker, and a compiler where it finds nothing.
+    found = (path for name in _NAMES for folder in _folders() for path in sorted(folder.glob(name)))
+    return next((str(path) for path in found), None)
+
+
+def _folders() -> list[Path]:
+    """Where the loader looks, and where Python comes from, as an environment of conda has it."""
+    named = [Path(name) for name in os.environ.get("LD_LIBRARY_PATH", "").split(":") if name]
+    system = ["/usr/local/lib", "/usr/lib64", "/usr/lib"]
+    if multiarch := sysconfig.get_config_var("MULTIARCH"):
+        system.insert(1, f"/usr/lib/{multiarch}")
+    return [*named, Path(sys.base_prefix) / "lib", *map(Path, system)]
+
+
+def has_tcmalloc() -> bool:
+    """Whether this process allocates by it."""
+    maps = Path("/proc/self/maps")
+    return maps.is_file() and "/libtcmalloc" in maps.read_text()
+
+
+def begin_with(variables: Mapping[str, str]) -> None:
+    """Begin this process again with these variables, unless each is set, to whatever value."""
+    if any(name not in os.environ for name in variables):
+        os.execve(sys.executable, sys.orig_argv, {**variables, **os.environ})
