@@ -74,22 +74,11 @@ class Outcome:
     complete4_s: float
 
 
-@click.command()
-@click.option(
-    "--out",
-    type=click.Path(file_okay=False, path_type=Path),
-    default="demo-out",
-    show_default=True,
-    help="Folder for scenes, capsules, registry, sheet and report.",
-)
-@click.option("--preset", "preset_name", default="demo", show_default=True, help="Training preset.")
-@click.option("--keep", is_flag=True, help="Leave the server running, and say what to try next.")
-@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-def demo(out: Path, preset_name: str, keep: bool, as_json: bool) -> None:
-    """Train two scenes, publish them, serve them, complete over HTTP, rank, and show it.
+def run_demo(out: Path, preset_name: str, *, keep: bool, as_json: bool) -> None:
+    """What ``realfill demo`` does.
 
-    Scene 1 is a real stereo pair of a motorcycle; scene 2 a cup of coffee seen from four
-    viewpoints. The embedded base nano is used: no GPU and no download.
+    Raises:
+        ClickException: The registry in ``out`` cannot be opened, or the service does not start.
     """
     console = Console(stderr=True)
     began = time.monotonic()

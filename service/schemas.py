@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from pydantic_core import PydanticCustomError
 
-from realfill.rank import Verdict
+from realfill.verdict import Verdict
 from registry.records import LIVE, MAX_NUMBER, AliasMove, Page, Scene, Version
 from registry.search import Query
 from service.settings import SamplerName

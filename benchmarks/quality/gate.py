@@ -29,8 +29,9 @@ from benchmarks.record import record
 from realfill.config import preset
 from realfill.errors import RealFillError
 from realfill.rank import prepare_references, rank_candidates
-from realfill.rank.gate import DEFAULTS, Thresholds, Verdict, calibrate, judge
+from realfill.rank.gate import DEFAULTS, Thresholds, calibrate, judge
 from realfill.rank.ranking import Ranking
+from realfill.verdict import Verdict
 
 # Whether what is in the hole is what the target shows.
 KINDS = {"truth": True, "truth, decoded": True, "another place": False, "base alone": False}

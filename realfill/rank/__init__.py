@@ -3,7 +3,7 @@
 from realfill.rank.consistency import consistent
 from realfill.rank.correspondences import Correspondences, Features, Matcher, Matches
 from realfill.rank.evidence import draw_correspondences
-from realfill.rank.gate import Thresholds, Verdict, calibrate, judge
+from realfill.rank.gate import Thresholds, calibrate, judge
 from realfill.rank.matchers import load_matcher
 from realfill.rank.matching import loftr
 from realfill.rank.preflight import Caution, preflight
@@ -15,6 +15,7 @@ from realfill.rank.references import (
     to_extras,
     with_features,
 )
+from realfill.verdict import Verdict
 
 __all__ = [
     "Caution",

@@ -10,11 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from realfill.rank.ranking import Ranking
-
-Verdict = Literal["supported", "weak", "unsupported"]
+from realfill.verdict import Verdict
 
 
 @dataclass(frozen=True)

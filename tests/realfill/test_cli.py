@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -62,6 +64,20 @@ def test_help_names_every_command() -> None:
     ]
     for command in names:
         assert command in text
+
+
+def test_help_is_shown_without_torch() -> None:
+    """Importing it takes seconds, and what only asks a service or a registry needs none."""
+    program = (
+        "import sys; from click.testing import CliRunner; from realfill.cli import main\n"
+        "for words in ('', 'complete ', 'serve ', 'demo ', 'registry '):\n"
+        "    assert CliRunner().invoke(main, (words + '--help').split()).exit_code == 0\n"
+        "print('torch' in sys.modules)"
+    )
+    shown = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert shown.stdout == "False\n"
 
 
 @pytest.mark.weights

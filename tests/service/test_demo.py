@@ -6,7 +6,7 @@ from pathlib import Path
 
 from click.testing import CliRunner
 
-from service.demo import demo
+from service.cli import demo
 
 
 def test_a_registry_that_cannot_be_opened_is_named_with_the_remedy(tmp_path: Path) -> None:
