@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from realfill.adapter import Adapter
 from realfill.capsule_format import (
     HEADER_DIGEST,
     TENSOR_DIGEST,
@@ -45,25 +46,6 @@ _KEYS = frozenset(
     | {f"realfill.{key}" for key in ("scale", "target_modules", "prompt", "size_px", "training")}
     | {f"realfill.{key}" for key in ("training_digest", "digests", "licence")}
 )
-
-
-@dataclass(frozen=True, eq=False)
-class Adapter:
-    """LoRA weights of one network.
-
-    Attributes:
-        factors: lora_A [R, in] and lora_B [out, R] by module path; of a convolution, `in` runs
-            over channels, rows and columns of its kernel.
-        scale: What their product is multiplied with, alpha / rank.
-    """
-
-    factors: dict[str, tuple[Tensor, Tensor]]
-    scale: float
-
-    def page_locked(self) -> Adapter:
-        """The same in memory that a CUDA device fetches by itself, at its bus's full rate."""
-        factors = {path: (a.pin_memory(), b.pin_memory()) for path, (a, b) in self.factors.items()}
-        return Adapter(factors, self.scale)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,12 +18,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from realfill.adapter import Adapter
 from realfill.base import PROMPT, Base, target_layers
 from realfill.capsule import (
     PROMPT_EMBEDDING,
     TEXT_ENCODER,
     UNET,
-    Adapter,
     Capsule,
     CapsuleHeader,
     header_of,

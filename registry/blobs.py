@@ -20,7 +20,7 @@ import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError
 from obstore.store import LocalStore, S3Store
 
-from registry.cache import Cache
+from registry.cache import Cache, CacheMetrics
 from registry.database import first_line
 from registry.errors import CorruptObject, StorageUnavailable
 
@@ -249,6 +249,10 @@ class Blobs:
             StorageUnavailable: The store does not answer or has no room.
         """
         self._store.put(signature_key(digest), signature)
+
+    def cache_metrics(self) -> CacheMetrics | None:
+        """Of the cache; None where there is none."""
+        return None if self._cache is None else self._cache.metrics()
 
     def copies(self) -> list[str]:
         """Digests of which the cache has a copy."""

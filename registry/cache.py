@@ -10,9 +10,11 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -24,6 +26,27 @@ LOCK_S = 60
 SUFFIX = ".capsule"
 PART = ".part-"
 PART_S = 3600
+
+
+@dataclass(frozen=True)
+class CacheMetrics:
+    """A cache at one moment.
+
+    Attributes:
+        budget_bytes: What it may hold.
+        held_bytes: What it holds, whoever put it there.
+        entries: Copies in it.
+        hits: Sound copies that this process found.
+        misses: Blobs that it had to read from the store.
+        evictions: Copies that it removed to make room.
+    """
+
+    budget_bytes: int
+    held_bytes: int
+    entries: int
+    hits: int
+    misses: int
+    evictions: int
 
 
 class Cache:
@@ -40,6 +63,8 @@ class Cache:
     def __init__(self, folder: Path, max_bytes: int = MAX_BYTES) -> None:
         self._folder = folder
         self._max_bytes = max_bytes
+        self._lock = threading.Lock()
+        self._hits = self._misses = self._evictions = 0
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -56,16 +81,31 @@ class Cache:
             CorruptObject, StorageUnavailable: As `read` does; a cache that cannot be written is
                 passed over.
         """
-        found = self._copy(digest)
+        found = self._hit(digest)
         if found is not None:
             return found
         with self._locked(digest):
             # Another process may have fetched it while this one waited.
-            found = self._copy(digest)
+            found = self._hit(digest)
             if found is None:
                 found = read(digest)
+                with self._lock:
+                    self._misses += 1
                 self._keep(digest, found)
             return found
+
+    def metrics(self) -> CacheMetrics:
+        """Contents, and what this process found and removed."""
+        sizes = [size for _, size, _ in self._copies()]
+        with self._lock:
+            return CacheMetrics(
+                budget_bytes=self._max_bytes,
+                held_bytes=sum(sizes),
+                entries=len(sizes),
+                hits=self._hits,
+                misses=self._misses,
+                evictions=self._evictions,
+            )
 
     def drop(self, digest: str) -> None:
         """Remove the copy; without one, do nothing."""
@@ -78,6 +118,12 @@ class Cache:
 
     def _path(self, digest: str) -> Path:
         return self._folder / f"{digest}{SUFFIX}"
+
+    def _hit(self, digest: str) -> bytes | None:
+        found = self._copy(digest)
+        with self._lock:
+            self._hits += found is not None
+        return found
 
     def _copy(self, digest: str) -> bytes | None:
         path = self._path(digest)
@@ -116,6 +162,8 @@ class Cache:
                 with suppress(OSError):
                     path.unlink(missing_ok=True)
                 excess -= size
+                with self._lock:
+                    self._evictions += 1
 
     def _remove_torn(self) -> None:
         """Parts of copies whose writers died long ago."""

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 
 from registry import catalog
 from registry.blobs import Blobs, ObjectStore
-from registry.cache import Cache
+from registry.cache import Cache, CacheMetrics
 from registry.database import Database
 from registry.errors import CorruptObject, NotFound
 from registry.leases import claims_of
@@ -85,6 +85,10 @@ class Reader:
         parsed = Reference.parse(reference)
         with self._database.reading() as connection:
             return catalog.find_version(connection, parsed)
+
+    def cache_metrics(self) -> CacheMetrics | None:
+        """What the cache of fetched capsules holds and has found; None where there is none."""
+        return self._blobs.cache_metrics()
 
     def fetch(self, reference: str) -> bytes:
         """The capsule that a reference names now, its bytes checked against digest and row.

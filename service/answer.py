@@ -140,6 +140,7 @@ class Answer:
     """A completion: candidates, best first, and where they came from.
 
     Attributes:
+        digest: Of the adapter that drew them, by the lane.
         margin: The best candidate's agreement minus the median.
         timings_s: Seconds per stage.
         partial: Whether the deadline came before every seed was finished.
@@ -147,6 +148,7 @@ class Answer:
     """
 
     version: Version
+    digest: str
     plan: Plan
     base_fingerprint: str
     candidates: tuple[Candidate, ...]

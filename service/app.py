@@ -88,6 +88,8 @@ def build_road(settings: Settings) -> Road:
     registry = Registry.open(settings.registry, database=settings.registry_database)
     matcher = None if settings.matcher == "none" else load_matcher(settings.matcher, device)
     base = load_base(settings.base, device=device, **precision._asdict())
+    # Capsules bring their prompts encoded: of the text encoder only its shapes are asked for.
+    base.text_encoder.to("meta")
     engine = Engine(
         base,
         attention=settings.attention,

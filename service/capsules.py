@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 
 from realfill.capsule import Capsule
 from realfill.rank import ReferenceFeatures
@@ -70,13 +71,15 @@ class Capsules:
         finally:
             with self._lock:
                 del self._coming[version.digest]
+            # Where it is not kept, for want of room or because of the error.
+            self._give_up(version.digest)
 
     def drop(self, digest: str) -> bool:
         """Let go of a capsule and of the claim on it; False where it was not there."""
         with self._lock:
             here = digest in self._tier
             self._tier.drop(digest)
-        self._leases.give_up(digest)
+        self._give_up(digest)
         return here
 
     def metrics(self) -> TierMetrics:
@@ -96,5 +99,13 @@ class Capsules:
         before = set(self._tier.digests())
         self._tier.take(version.digest, version.size_bytes, lambda: loaded, pin=False)
         for digest in sorted(before - set(self._tier.digests())):
-            self._leases.give_up(digest)
+            self._give_up(digest)
         return loaded
+
+    def _give_up(self, digest: str) -> None:
+        """The claim on a capsule, unless it is in memory or on its way there again."""
+        self._leases.give_up(digest, unless=partial(self._is_of_use, digest))
+
+    def _is_of_use(self, digest: str) -> bool:
+        with self._lock:
+            return digest in self._coming or digest in self._tier

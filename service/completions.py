@@ -224,7 +224,7 @@ class Completions:
         record.fields.update(
             scene=answer.version.scene,
             version=answer.version.number,
-            digest=answer.version.digest,
+            digest=answer.digest,
             candidates=len(ask.plan.seeds),
             timings_ms=_milliseconds(stages),
         )
@@ -272,7 +272,7 @@ class Completions:
         headers = {
             "X-RealFill-Scene": answer.version.scene,
             "X-RealFill-Version": str(answer.version.number),
-            "X-Adapter-Digest": answer.version.digest,
+            "X-Adapter-Digest": answer.digest,
             "X-RealFill-Seed": str(best.seed),
             "X-RealFill-Timings": ", ".join(
                 f"{stage};dur={ms}" for stage, ms in _milliseconds(answer.timings_s).items()
@@ -313,7 +313,7 @@ class Completions:
             request_id=request_id,
             scene=answer.version.scene,
             version=answer.version.number,
-            digest=answer.version.digest,
+            digest=answer.digest,
             base_fingerprint=answer.base_fingerprint,
             ranked=answer.ranked,
             margin=answer.margin,
@@ -328,7 +328,7 @@ class Completions:
             candidates=views,
             timings_ms=_milliseconds(answer.timings_s),
         )
-        headers = {"Vary": "Accept", "X-Adapter-Digest": answer.version.digest}
+        headers = {"Vary": "Accept", "X-Adapter-Digest": answer.digest}
         return Response(_json(view), media_type="application/json", headers=headers)
 
     def _drawn(self, ask: Ask, answer: Answer) -> list[tuple[str, str | None]]:

@@ -146,7 +146,7 @@ def create_app(road: Road, settings: Settings) -> FastAPI:
     metrics.watch_total(
         "realfill_registry_stale", "Requests served while it was away.", lambda: road.resolver.stale
     )
-    metrics.watch_engine(road.engine.metrics, road.capsules.metrics)
+    metrics.watch_engine(road.engine.metrics, road.tiers)
     completions = Completions(road, settings, metrics, work, waiting)
 
     @asynccontextmanager

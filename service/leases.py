@@ -85,10 +85,15 @@ class Leases:
         """Remember that somebody asked for a capsule; waits for nothing."""
         self._asked.add(digest)
 
-    def give_up(self, digest: str) -> None:
-        """Give up the claim on a capsule; without one, do nothing."""
+    def give_up(self, digest: str, unless: Callable[[], bool]) -> None:
+        """Give up the claim on a capsule; without one, do nothing.
+
+        Args:
+            digest: Of the capsule.
+            unless: Whether it is of use again, asked when no other claim can be made meanwhile.
+        """
         with self._lock:
-            if digest in self._held:
+            if digest in self._held and not unless():
                 self._held.remove(digest)
                 self._write(lambda: self._registry.release(self.holder, [digest]))
 

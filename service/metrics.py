@@ -63,10 +63,12 @@ class Metrics:
         self._registry.register(_Total(name, documentation, read))
 
     def watch_engine(
-        self, read: Callable[[], EngineMetrics | None], host: Callable[[], TierMetrics]
+        self,
+        read: Callable[[], EngineMetrics | None],
+        tiers: Callable[[], Mapping[str, TierMetrics]],
     ) -> None:
         """Expose an engine and the tiers of its adapters, read at each scrape."""
-        self._registry.register(EngineCollector(read, host))
+        self._registry.register(EngineCollector(read, tiers))
 
     def count_request(self, method: str, route: str, status: int, seconds: float) -> None:
         """Count one answered request; an unknown method becomes OTHER."""
@@ -114,6 +116,7 @@ _DONE = {
     "sample_steps": "Sample-steps of answered jobs.",
     "steps": "U-Net batches.",
     "swaps": "Compositions of adapters that the U-Net was given.",
+    "programs": "Programs traced and graphs captured; constant after the start.",
 }
 _HELD = {
     "budget_bytes": "What a tier of adapters may hold.",
@@ -132,10 +135,12 @@ class EngineCollector(Collector):
     """An engine's metrics in Prometheus' terms: what only grows as counters, the rest as gauges."""
 
     def __init__(
-        self, read: Callable[[], EngineMetrics | None], host: Callable[[], TierMetrics]
+        self,
+        read: Callable[[], EngineMetrics | None],
+        tiers: Callable[[], Mapping[str, TierMetrics]],
     ) -> None:
         self._read = read
-        self._host = host
+        self._tiers = tiers
 
     def describe(self) -> list[Metric]:
         """Nothing beforehand, so that nothing is read before the first scrape."""
@@ -143,7 +148,7 @@ class EngineCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Read both once."""
-        tiers = {"host": self._host()}
+        tiers = dict(self._tiers())
         engine = self._read()
         if engine is not None:
             tiers.update(engine.tiers)

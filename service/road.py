@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cache, partial
 from typing import Protocol, TypeVar
 
@@ -48,6 +48,7 @@ from service.answer import (
 )
 from service.capsules import Capsules, Loaded
 from service.engine import EngineMetrics, Halving, Job, Sampled
+from service.engine.arena import TierMetrics
 from service.errors import Cancelled
 from service.leases import Leases
 from service.resolver import Resolver
@@ -141,6 +142,13 @@ class Road:
     def loaded(self) -> list[str]:
         """Digests of the capsules in memory, the least recently used first."""
         return self.capsules.digests
+
+    def tiers(self) -> dict[str, TierMetrics]:
+        """What lies in memory and, where the registry has a cache, on disk."""
+        tiers = {"host": self.capsules.metrics()}
+        if (disk := self.registry.cache_metrics()) is not None:
+            tiers["disk"] = TierMetrics(pinned=0, **asdict(disk))
+        return tiers
 
     def start(self) -> None:
         """Start the lane, and the renewal of claims on what is in memory."""
@@ -251,6 +259,7 @@ class Road:
     def finish(self, pending: Pending, sampled: Sampled) -> Answer:
         """Everything after the lane: rank the samples on the window the model saw."""
         _still_wanted(pending.job)
+        assert sampled.digest is not None, "a completion is drawn with an adapter"
         timings = pending.timings_s
         timings["queue"] = sampled.queued_s
         timings["swap"] = sampled.swap_s
@@ -263,6 +272,7 @@ class Road:
         ranking = _timed(timings, "rank", lambda: self._rank(pending, samples))
         return Answer(
             version=pending.found.version,
+            digest=sampled.digest,
             plan=pending.plan,
             base_fingerprint=self.base.fingerprint,
             candidates=candidates_of(sampled.seeds, ranking),

@@ -8,6 +8,7 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from realfill.adapter import Adapter
 from realfill.base import (
     PAPER_MODULES,
     PROMPT,
@@ -15,7 +16,7 @@ from realfill.base import (
     save_base,
     target_layers,
 )
-from realfill.capsule import Adapter, Capsule, CapsuleHeader, write_capsule
+from realfill.capsule import Capsule, CapsuleHeader, write_capsule
 from realfill.fingerprint import fingerprint_of
 from realfill.nano.tokenizer import byte_tokenizer
 

@@ -19,7 +19,9 @@ from benchmarks.engine.attention import measure_attention
 from benchmarks.engine.bench import Bench, running
 from benchmarks.engine.limits import flops_per_sample_step, peak_flops_per_s
 from benchmarks.engine.mixing import (
+    PAPER_RANK,
     Mixing,
+    captures_after_start,
     measure_apart,
     measure_lone,
     measure_mixing,
@@ -41,7 +43,6 @@ from service.libraries import begin_as_served
 
 BATCHES = (1, 2, 4, 8, 16)
 RANKS = {"nano": 32}
-PAPER_RANK = 8
 PEAK = "a large matrix product in the same run"
 PERCENTS = (20, 50, 80, 99)
 
@@ -264,8 +265,8 @@ def bench_lane(bench: Bench) -> list[Row]:
         )
         for name, (ours, peer, theirs) in milliseconds.items()
     ]
-    if bench.base.device.type == "cuda":
-        rows.append(bench.keep("engine.captures_after_warmup", lone.captures, "captures"))
+    captures = captures_after_start(bench.base, samples=max(bench.batches))
+    rows.append(bench.keep("engine.captures_after_warmup", captures, "captures", better="lower"))
     rows.append(bench.keep("engine.memory_bytes", _memory_bytes(bench), "B", better="lower"))
     return rows
 

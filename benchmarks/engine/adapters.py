@@ -7,8 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from realfill.adapter import Adapter
 from realfill.base import PROMPT, Base
-from realfill.capsule import Adapter, Capsule, CapsuleHeader, write_capsule
+from realfill.capsule import Capsule, CapsuleHeader, write_capsule
 from service.engine import Swapper
 
 

@@ -19,8 +19,8 @@ from benchmarks.engine.adapters import random_adapter
 from benchmarks.engine.bench import running
 from benchmarks.engine.rates import job_of
 from benchmarks.engine.timing import repeated
+from realfill.adapter import Adapter
 from realfill.base import PAPER_MODULES, Base
-from realfill.capsule import Adapter
 from service.engine import Engine, Job, Runner, Sampled
 from service.engine.attention import Attention
 from service.engine.runner import Application
@@ -29,6 +29,7 @@ from service.engine.sample import Sample
 # So many that no sample is finished before a measurement's end (those that would make more are
 # refused), and fewer than the timesteps that a scheduler has.
 MANY_STEPS = 800
+PAPER_RANK = 8
 # Timed as one. A GPU is given the next step before it is through with the last, as by the lane;
 # otherwise what the host does for a single step would count, and its noise.
 IN_A_ROW = {"cpu": 1, "cuda": 8}
@@ -279,15 +280,10 @@ def _check_busy(running: Future[Sampled]) -> None:
 
 @dataclass(frozen=True)
 class Lone:
-    """Seconds of one job on an idle engine and on a runner without a lane, in turns.
-
-    Attributes:
-        captures: CUDA graphs that were captured after the warm-up.
-    """
+    """Seconds of one job on an idle engine and on a runner without a lane, in turns."""
 
     engine_s: list[float]
     runner_s: list[float]
-    captures: int
 
     @property
     def overhead_pct(self) -> float:
@@ -298,10 +294,9 @@ class Lone:
 def measure_lone(base: Base, *, samples: int, steps: int, repeats: int) -> Lone:
     """One job at a time, with a lane and without; both on the same resident base."""
     job = _job(base, samples, steps)
-    lone = Lone([], [], 0)
+    lone = Lone([], [])
     with Engine(base) as engine:
         engine.submit(job).result()
-        captured = _captures(engine)
         for turn in range(-1, repeats):
             began = time.perf_counter()
             engine.submit(job).result()
@@ -310,9 +305,26 @@ def measure_lone(base: Base, *, samples: int, steps: int, repeats: int) -> Lone:
             if turn >= 0:
                 lone.engine_s.append(between - began)
                 lone.runner_s.append(time.perf_counter() - between)
-        return dataclasses.replace(lone, captures=_captures(engine) - captured)
+    return lone
 
 
-def _captures(engine: Engine) -> int:
-    buckets = engine.runner.buckets
-    return 0 if buckets is None else buckets.captures
+def captures_after_start(base: Base, *, samples: int) -> int:
+    """Programs traced and graphs captured for jobs of two scenes, alone and in shared batches.
+
+    Args:
+        base: Resident; the scenes' adapters have the paper's rank.
+        samples: Jobs of one, two, four and so on are submitted, up to so many.
+    """
+    scenes = [(f"scene{k}", random_adapter(base, rank=PAPER_RANK, seed=k)) for k in range(2)]
+    with Engine(base) as engine:
+        before = engine.metrics().programs
+        count = 1
+        while count <= samples:
+            plain = job_of(base, samples=count, steps=2)
+            jobs = [plain, *(dataclasses.replace(plain, digest=d, adapter=a) for d, a in scenes)]
+            for job in jobs:
+                engine.submit(job).result()
+            for future in [engine.submit(job) for job in jobs]:
+                future.result()
+            count *= 2
+        return engine.metrics().programs - before

@@ -19,8 +19,8 @@ from benchmarks.engine.adapters import random_adapter
 from benchmarks.engine.rates import fits_pipeline, job_of, loop, pipeline
 from benchmarks.engine.swaps import ALLOWED, peft_state
 from benchmarks.engine.timing import repeated, seconds_of
+from realfill.adapter import Adapter
 from realfill.base import Base
-from realfill.capsule import Adapter
 from service.engine import Swapper
 
 HOTSWAP = "diffusers enable_lora_hotswap + load_lora_adapter(hotswap=True), state dict in memory"

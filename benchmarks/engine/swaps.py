@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from benchmarks.engine.adapters import random_adapter
 from benchmarks.engine.bench import running
 from benchmarks.engine.timing import repeated, seconds_of
+from realfill.adapter import Adapter
 from realfill.base import PROMPT, Base
-from realfill.capsule import Adapter
 from service.engine import Swapper
 from service.engine.weights import Part
 

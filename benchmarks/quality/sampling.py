@@ -47,7 +47,7 @@ def candidates(
         seeds: One candidate for each.
         capsule: Adapter and prompt of a scene; without it the base is alone with the same prompt.
         steps: U-Net calls per candidate; None for what the base is sampled with.
-        sampler: ddpm, ddim, ddim-quadratic or dpm++2m; None for the base's own.
+        sampler: ddpm, ddim, ddim-quadratic, dpm++2m or dpm++2m-sde; None for the base's own.
         nearest: Tell the U-Net the mask as ``latent_mask`` reduces it when asked so, for an
             ablation.
 

@@ -10,8 +10,8 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from realfill.adapter import Adapter
 from realfill.base import target_layers
-from realfill.capsule import Adapter
 from realfill.config import TrainingConfig
 
 NAME = "scene"

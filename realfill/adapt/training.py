@@ -22,8 +22,9 @@ from realfill.adapt.lora import drop, drop_elements, factors_in, parameters_of, 
 from realfill.adapt.loss import noisy, target_of, timesteps_of, weighted_error
 from realfill.adapt.pool import Draws, Views, blank, draw
 from realfill.adapt.probe import new_probe, reading
+from realfill.adapter import Adapter
 from realfill.base import PROMPT, Base, attention_for_training
-from realfill.capsule import Adapter, Capsule, CapsuleHeader, write_capsule
+from realfill.capsule import Capsule, CapsuleHeader, write_capsule
 from realfill.complete.windows import crop_mask, window_of
 from realfill.config import TrainingConfig
 from realfill.errors import TrainingDiverged

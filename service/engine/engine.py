@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 import time
 from concurrent.futures import Future
@@ -12,6 +11,7 @@ from types import TracebackType
 import torch
 
 from realfill.base import Base
+from service.engine.admission import Admission
 from service.engine.attention import Attention
 from service.engine.board import Board, ended_by, forget_unnamed, tell_cancelled
 from service.engine.cost import CostModel
@@ -20,11 +20,7 @@ from service.engine.lane import RUNNING_BATCHES, Lane
 from service.engine.metrics import EngineMetrics
 from service.engine.runner import Application, Runner
 from service.engine.task import Task
-from service.errors import DeadlineExceeded, EngineClosed, QueueFull
-
-# Promised before anything was measured, and the least that is ever promised.
-FIRST_RETRY_S = 1.0
-SHORTEST_RETRY_S = 0.05
+from service.errors import EngineClosed
 
 
 class Engine:
@@ -66,7 +62,7 @@ class Engine:
             max_samples=max_samples,
         )
         self.cost = CostModel()
-        self._max_queue = max_queue
+        self._admission = Admission(self.cost, max_samples, max_queue)
         self._board = Board()
         most = RUNNING_BATCHES * max_samples
         cores = torch.get_num_threads()
@@ -149,9 +145,11 @@ class Engine:
             if not board.open:
                 raise EngineClosed("the engine is not running; start it, or ask another replica")
             dropped = board.drop_cancelled()
-            refusal = self._refusal(job)
+            waiting, running = board.waiting, board.running
+            room = self._lane.room_for(len(job.seeds), [*running, *waiting])
+            refusal = self._admission.refusal(job, waiting=waiting, running=running, room=room)
             if refusal is None:
-                task.promised_s = self._promise(job)
+                task.promised_s = self._admission.promise_s(job, [*running, *waiting])
                 board.waiting.append(task)
             else:
                 board.counts["refused"] += 1
@@ -193,15 +191,7 @@ class Engine:
         Jobs with deadlines have left by then, whatever they asked for.
         """
         with self._board.changed:
-            tasks = [*self._board.waiting, *self._board.running]
-        total, now = 0.0, time.monotonic()
-        for task in sorted(tasks, key=lambda task: task.job.deadline or math.inf):
-            needs = self.cost.seconds_for(task.sample_steps_left, len(task.job.seeds))
-            if needs is None:
-                return None
-            left = math.inf if task.job.deadline is None else task.job.deadline - now
-            total = min(total + needs, max(total, left))
-        return total
+            return self._admission.backlog_s([*self._board.waiting, *self._board.running])
 
     def metrics(self) -> EngineMetrics:
         """What was done and what is before the lane."""
@@ -214,58 +204,7 @@ class Engine:
                 sample_steps_per_s=self.cost.per_s,
                 cost_drift=self.cost.drift,
                 swaps=self.runner.weights.writes,
+                programs=self.runner.programs,
                 tiers=dict(self.runner.weights.tiers()),
                 **board.counts,
             )
-
-    def _promise(self, job: Job) -> float | None:
-        """Expected seconds until a job submitted now is done."""
-        backlog, alone = self.backlog_s(), self._alone_s(job, len(job.seeds))
-        return None if backlog is None or alone is None else backlog + alone
-
-    def _alone_s(self, job: Job, samples: int) -> float | None:
-        return self.cost.alone_s(samples, job.steps, self.runner.max_samples)
-
-    def _least_s(self, job: Job) -> float | None:
-        """Seconds in which an idle lane may well make one sample, and that be of use.
-
-        The least that speaks for it: who is refused teaches nothing, so that a machine which was
-        slow a moment ago, or when it was calibrated, would refuse every job for ever.
-        """
-        ways = [
-            self.cost.alone_s(1, job.steps, self.runner.max_samples, corrected=corrected)
-            for corrected in (False, True)
-        ]
-        known = [seconds for seconds in ways if seconds is not None]
-        return min(known) + job.after.least_s(1) if known else None
-
-    def _refusal(self, job: Job) -> Exception | None:
-        """Why a job cannot be promised."""
-        board, backlog = self._board, self.backlog_s()
-        if len(board.waiting) >= self._max_queue:
-            retry = FIRST_RETRY_S if backlog is None else backlog / len(board)
-            retry = max(retry, SHORTEST_RETRY_S)
-            return QueueFull(
-                f"{len(board.waiting)} jobs wait already; try again in {math.ceil(retry)} s",
-                retry_after_s=retry,
-            )
-        alone = self._alone_s(job, len(job.seeds))
-        least = self._least_s(job)
-        if job.deadline is None or backlog is None or alone is None or least is None:
-            return None
-        left = job.deadline - time.monotonic()
-        if least > left:
-            return DeadlineExceeded(
-                f"One candidate takes about {least:.2g} s and the deadline is in "
-                f"{max(left, 0):.2g} s: ask for fewer steps, or allow more time."
-            )
-        alone += job.after.expected_s(len(job.seeds))
-        # Where an idle lane could not finish all of it either, waiting would not help.
-        if backlog + min(alone, left) <= left:
-            return None
-        retry = max(backlog + min(alone, left) - left, SHORTEST_RETRY_S)
-        return QueueFull(
-            f"the lane has {backlog:.2g} s of work before this job, whose deadline is in "
-            f"{left:.2g} s; try again in {math.ceil(retry)} s",
-            retry_after_s=retry,
-        )

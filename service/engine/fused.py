@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from kernels.merge_lora import merge_lora_
+from realfill.adapter import Adapter
 from realfill.base import target_layers
-from realfill.capsule import Adapter
 from service.engine.arena import Tier, TierMetrics
 from service.engine.conditioning import Conditioned, Joined, conditioning_of
 from service.engine.fusion import install_fusion
@@ -163,6 +163,11 @@ class FusedWeights:
         ]
 
     @property
+    def programs(self) -> int:
+        """One for batches of one scene and one for those of several, for each size of pictures."""
+        return len(self._network.programs)
+
+    @property
     def module_paths(self) -> tuple[str, ...]:
         """Paths of the modules that adapters may change."""
         return tuple(self._modules)
@@ -223,7 +228,13 @@ class FusedWeights:
         self.writes += len(weights) != len(named) or any(
             one is not other for one, other in zip(weights, named, strict=True)
         )
-        self._compose(Parts(tuple(ends), weights), tuple(part.digest for part in parts))
+        digests = tuple(None if kept is None else kept.digest for kept in sets)
+        self._compose(Parts(tuple(ends), weights), digests)
+
+    @property
+    def drawing(self) -> tuple[str | None, ...]:
+        """As the sets call themselves; see ``Weights``."""
+        return self._composed
 
     def conditioned(
         self, digest: str | None, timesteps: Tensor, prompt: Tensor

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from realfill.capsule import Adapter
+from realfill.adapter import Adapter
 from service.engine.halving import Halving
 
 
@@ -47,7 +47,7 @@ class Job:
         mask: 1 where pixels are missing, else 0. [S, S]
         seeds: One sample for each.
         steps: U-Net calls per sample.
-        sampler: ddpm, ddim, ddim-quadratic or dpm++2m.
+        sampler: ddpm, ddim, ddim-quadratic, dpm++2m or dpm++2m-sde.
         tenant: On whose behalf; tenants share the lane evenly, and so do the scenes of one.
         deadline: When what is finished has to be of use, on ``time.monotonic``'s clock.
         after: What whoever submitted it does with its samples before the deadline.
@@ -95,7 +95,7 @@ class Sampled:
         samples: Decoded images in [0, 1], not yet composited, in the order of the seeds.
             [N, 3, S, S]
         seeds: Of the samples: all of the job's, or those that were finished when it had to end.
-        digest: Of the adapter that they were drawn with, checked before every step.
+        digest: Of the adapter that they were drawn with, as the weights told it at every step.
         swap_s: Seconds to make it ready; near 0 where it already was.
         sample_s: Seconds of encoding the masked image and from the first step to the last.
         decode_s: Seconds of decoding.

@@ -6,7 +6,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -84,6 +84,13 @@ class Lane:
         self._under_way: Step | None = None
         self._judges = ThreadPoolExecutor(1, thread_name_prefix="judge")
 
+    def room_for(self, samples: int, beside: Sequence[Task]) -> bool:
+        """Whether a job of so many samples runs beside these jobs, and does not wait for them."""
+        if not beside:
+            return True
+        taken = sum(len(task.samples) or len(task.job.seeds) for task in beside)
+        return len(beside) < self._max_running and samples + taken <= self._most_samples
+
     def drive(self) -> None:
         """Turn after turn until the board is closed and empty; this is the lane's thread.
 
@@ -159,10 +166,7 @@ class Lane:
         for task in waiting:
             if task in late:
                 continue
-            running = self.board.running
-            samples = sum(len(other.samples) for other in running)
-            full = samples + len(task.job.seeds) > self._most_samples
-            if running and (full or len(running) >= self._max_running):
+            if not self.room_for(len(task.job.seeds), self.board.running):
                 break
             try:
                 ready = self._take(task)

@@ -25,6 +25,7 @@ class EngineMetrics:
         sample_steps_per_s: Of full batches, as last estimated; None before the calibration.
         cost_drift: Actual over calibrated seconds of recent steps.
         swaps: Times that the U-Net was composed of other adapters than before.
+        programs: Programs traced and graphs captured of the networks, constant after the start.
         tiers: What lies ready, by tier.
     """
 
@@ -41,4 +42,5 @@ class EngineMetrics:
     sample_steps_per_s: float | None
     cost_drift: float
     swaps: int
+    programs: int
     tiers: Mapping[str, TierMetrics]

@@ -134,6 +134,10 @@ class Programs:
         self._programs: dict[tuple[object, ...], Callable[..., Tensor]] = {}
         self._lock = threading.Lock()
 
+    def __len__(self) -> int:
+        """Programs traced so far."""
+        return len(self._programs)
+
     def run(
         self,
         latents: Tensor,

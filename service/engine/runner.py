@@ -26,7 +26,7 @@ from service.engine.job import Job, Sampled
 from service.engine.layers import Installed, is_exact
 from service.engine.moment import CudaMoment, HostMoment, Moment
 from service.engine.pictures import LoosePictures, Pictures, StaticPictures
-from service.engine.sample import Conditions, Sample, times_and_prompts
+from service.engine.sample import Conditions, Sample, note_adapters, times_and_prompts
 from service.engine.segmented import SegmentedWeights
 from service.engine.staging import pinned
 from service.engine.weights import Part, Weights
@@ -141,6 +141,12 @@ class Runner:
             self._show_sizes(2)
             self.weights.apply([Part(None, 1)])
 
+    @property
+    def programs(self) -> int:
+        """Programs traced and graphs captured so far; constant after the warm-up."""
+        captures = 0 if self.buckets is None else self.buckets.captures
+        return self.weights.programs + captures
+
     def check(self, job: Job) -> None:
         """Refuse a job whose tensors or sampler do not fit the base, before it is queued.
 
@@ -230,7 +236,8 @@ class Runner:
             chosen = [sample for k in batch for sample in groups[k]]
             room = self.buckets.size_for(len(chosen)) if self.buckets else len(chosen)
             self.weights.apply([parts[k] for k in batch], room)
-            if self._crew is not None and _is_for_many(len(chosen), len(batch), self._crew.members):
+            note_adapters([groups[k] for k in batch], self.weights.drawing)
+            if self._crew is not None and self._crew.suits(len(chosen), scenes=len(batch)):
                 self._advance_by_crew(self._crew, chosen)
                 continue
             size = len(chosen) if len(batch) > 1 else self._at_once
@@ -315,7 +322,7 @@ class Runner:
         return Sampled(
             samples=images,
             seeds=job.seeds,
-            digest=job.digest,
+            digest=samples[0].drawn_with,
             swap_s=swapped - began,
             sample_s=sampled - swapped,
             decode_s=time.perf_counter() - sampled,
@@ -369,16 +376,6 @@ class Runner:
             # Buckets take numbers from its tables, which must not wait for the device.
             self._samplers[key] = built if self.buckets else built.to(self.base.device)
         return self._samplers[key]
-
-
-def _is_for_many(samples: int, scenes: int, cores: int) -> bool:
-    """Whether a batch is quicker where every core takes samples of its own.
-
-    Not where one core would have nothing to do meanwhile, or a large part of the time.
-    """
-    if scenes > 1:
-        return samples >= cores
-    return samples % cores == 0 or samples >= 4 * cores
 
 
 def _take_in(samples: Sequence[Sample], outcome: tuple[Tensor, Tensor]) -> None:

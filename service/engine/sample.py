@@ -11,6 +11,7 @@ from torch import Tensor
 
 from realfill.complete.samplers import Sampler, noise_for
 from service.engine.conditioning import Conditioned
+from service.engine.weights import SpoiltWeights
 
 
 @dataclass(eq=False)
@@ -48,6 +49,7 @@ class Sample:
         latents: Where it stands. [C, h, w], float32
         history: The x0 predicted at the step before. [C, h, w], float32
         index: Steps that it has made.
+        drawn_with: Digest of the adapter that its last step was made with, as the weights told it.
     """
 
     digest: str | None
@@ -56,6 +58,7 @@ class Sample:
     latents: Tensor
     history: Tensor
     index: int = 0
+    drawn_with: str | None = None
 
     def noise(self) -> Tensor:
         """Of its next step, zeros where its sampler wants none. [C, h, w], on the CPU"""
@@ -82,3 +85,23 @@ def times_and_prompts(samples: Sequence[Sample]) -> tuple[Tensor, Tensor | list[
         return timesteps, torch.stack([sample.told.prompt for sample in samples])
     steps = zip(kept, samples, strict=True)
     return torch.stack([one.times[s.index] for one, s in steps if one is not None]), prompts
+
+
+def note_adapters(groups: Sequence[Sequence[Sample]], drawing: Sequence[str | None]) -> None:
+    """Let samples know what they are drawn with.
+
+    Args:
+        groups: Samples of each part of a batch.
+        drawing: Digest of each part, as the weights tell it.
+
+    Raises:
+        SpoiltWeights: It is not theirs.
+    """
+    for group, digest in zip(groups, drawing, strict=True):
+        if digest != group[0].digest:
+            raise SpoiltWeights(
+                f"the weights hold adapter {digest or 'none'} where {group[0].digest or 'none'} "
+                "was asked for; nothing was drawn, send the request again"
+            )
+        for sample in group:
+            sample.drawn_with = digest

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.segmented_lora import segmented_conv_lora_, segmented_linear, segmented_lora_
-from realfill.capsule import Adapter
+from realfill.adapter import Adapter
 from service.engine.arena import TierMetrics
 from service.engine.layers import Installed, install_exact, is_exact
 from service.engine.slots import RankClass, Slot, padded
@@ -128,6 +128,11 @@ class SegmentedWeights:
         return installed
 
     @property
+    def programs(self) -> int:
+        """None: layers are called one by one, or captured by buckets."""
+        return 0
+
+    @property
     def module_paths(self) -> tuple[str, ...]:
         """Paths of the modules that adapters may change."""
         return self._swapper.module_paths
@@ -228,6 +233,13 @@ class SegmentedWeights:
     def _compose_anew(self) -> None:
         """Take nothing of how the network is composed for known."""
         self._current, self._composed, self._slots.of = (), (), []
+
+    @property
+    def drawing(self) -> tuple[str | None, ...]:
+        """What is merged, or as the slots call their adapters; see ``Weights``."""
+        if len(self._composed) == 1:
+            return (self._swapper.digest,)
+        return tuple(None if slot is None else slot.staged.digest for slot in self._composed)
 
     def conditioned(self, digest: str | None, timesteps: Tensor, prompt: Tensor) -> None:
         """Nothing; buckets project prompts."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.merge_lora import MAX_RANK
-from realfill.capsule import Adapter
+from realfill.adapter import Adapter
 from realfill.errors import AdapterMismatch, InvalidCapsule
 
 
@@ -49,11 +49,9 @@ def stage(
         InvalidCapsule: A value is not finite, or too large for the weights' type.
     """
     ranks = _check_shapes(modules, digest, adapter)
-    tensors = [tensor.detach() for pair in adapter.factors.values() for tensor in pair]
-    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    flat = adapter.in_one_piece()
     weight = next(iter(modules.values())).weight
-    # CPUs calculate slowly in half precision, so there the factors are widened once, here.
-    flat = flat.to(weight.device) if weight.is_cuda else flat.float()
+    # Looked at here: a GPU would answer only after the steps that it was given before.
     lowest, highest = torch.aminmax(flat)
     # A single NaN makes both of them NaN.
     largest = max(-float(lowest), float(highest))
@@ -67,12 +65,10 @@ def stage(
             f"adapter {digest} may reach {bound:.3g}, too much for {weight.dtype}; "
             "train with a lower learning rate, or serve the base in bfloat16"
         )
-    parts = iter(flat.split([tensor.numel() for tensor in tensors]))
-    factors = {
-        path: (next(parts).view(a.shape), next(parts).view(b.shape))
-        for path, (a, b) in adapter.factors.items()
-    }
-    return StagedAdapter(digest, float(adapter.scale), factors)
+    # CPUs calculate slowly in half precision, so there the factors are widened once, here.
+    here = weight.device
+    flat = flat.to(here, non_blocking=flat.is_pinned()) if weight.is_cuda else flat.float()
+    return StagedAdapter(digest, float(adapter.scale), adapter.over(flat).factors)
 
 
 def pinned(values: Tensor, device: torch.device) -> Tensor:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from kernels.merge_lora import prepared_merge
+from realfill.adapter import Adapter
 from realfill.base import target_layers
-from realfill.capsule import Adapter
 from service.engine.staging import StagedAdapter, as_laid_out, as_matrix, stage
 
 logger = logging.getLogger(__name__)

@@ -169,7 +169,7 @@ class Task:
         return Sampled(
             samples=torch.cat([self.images[place] for place in self.places]),
             seeds=tuple(self.job.seeds[place] for place in self.places),
-            digest=self.job.digest,
+            digest=self.samples[0].drawn_with,
             swap_s=self.swap_s,
             sample_s=self.sampled_at - self.taken_at - self.swap_s,
             decode_s=self.decode_s,

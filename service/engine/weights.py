@@ -8,7 +8,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from realfill.capsule import Adapter
+from realfill.adapter import Adapter
 from service.engine.arena import TierMetrics
 from service.engine.conditioning import Conditioned
 
@@ -42,6 +42,11 @@ class Weights(Protocol):
 
     name: str
     writes: int
+
+    @property
+    def programs(self) -> int:
+        """Programs that were made of the network so far."""
+        ...
 
     @property
     def module_paths(self) -> tuple[str, ...]:
@@ -112,6 +117,11 @@ class Weights(Protocol):
             SpoiltWeights: Weights were written from elsewhere. They are sound again afterwards, but
                 this batch must not be drawn.
         """
+        ...
+
+    @property
+    def drawing(self) -> tuple[str | None, ...]:
+        """Digest of every part of the batch, told by what the network is composed of."""
         ...
 
     def conditioned(

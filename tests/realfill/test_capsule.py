@@ -13,9 +13,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from realfill.adapter import Adapter
 from realfill.base import Base
 from realfill.capsule import (
-    Adapter,
     Capsule,
     CapsuleHeader,
     digests,

@@ -15,8 +15,9 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from realfill.adapter import Adapter
 from realfill.base import PAPER_TEXT_MODULES, PROMPT, Base, target_layers
-from realfill.capsule import Adapter, read_capsule, write_capsule
+from realfill.capsule import read_capsule, write_capsule
 from realfill.errors import AdapterMismatch, InvalidCapsule
 from realfill.interchange import COMPANION, export_capsule, import_capsule
 from realfill.lora_files import Kind

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from registry import CorruptObject, Registry, StorageUnavailable
-from registry.cache import PART, Cache
+from registry.cache import PART, Cache, CacheMetrics
 from tests.registry.capsules import capsule
 from tests.registry.conftest import Backend
 
@@ -66,6 +66,10 @@ def test_least_recently_read_goes_first(tmp_path: Path) -> None:
     assert cache.digests() == [one, three]
     cache.get(digest_of(bytes(11 * KB)), far.read)
     assert cache.digests() == [one, three]
+    # Read from afar: the three, and what is too large to be kept.
+    assert cache.metrics() == CacheMetrics(
+        budget_bytes=10 * KB, held_bytes=8 * KB, entries=2, hits=1, misses=4, evictions=1
+    )
 
 
 def test_foreign_files_are_left_alone(tmp_path: Path) -> None:

@@ -26,8 +26,9 @@ class Claims:
     def note(self, digest: str) -> None:
         assert digest in self.held
 
-    def give_up(self, digest: str) -> None:
-        self.held.discard(digest)
+    def give_up(self, digest: str, unless: Callable[[], bool]) -> None:
+        if not unless():
+            self.held.discard(digest)
 
 
 def version(digest: str, size_bytes: int = 10) -> Version:
@@ -95,6 +96,50 @@ def test_bytes_bound_what_is_kept_and_its_claims() -> None:
     assert not store.drop("a")
     assert claims.held == {"c"}
     assert store.metrics().held_bytes == 10
+
+
+def test_who_comes_back_while_its_claim_is_given_up_keeps_one() -> None:
+    """It made room for another, whose thread gives up the claim late: it is in memory again."""
+    store, claims = capsules(lambda asked: asked.digest, budget_bytes=10)
+    store.get(version("a"))
+    give_up = claims.give_up
+
+    def late(digest: str, unless: Callable[[], bool]) -> None:
+        claims.give_up = give_up  # type: ignore[method-assign]
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(store.get, version("a")).result(30)
+        give_up(digest, unless)
+
+    claims.give_up = late  # type: ignore[method-assign]
+    store.get(version("b"))
+    assert store.digests == ["a"]
+    assert claims.held == {"a"}
+
+
+def test_what_finds_no_room_is_not_claimed() -> None:
+    """While another is on its way nothing can make room: it is used, but not kept."""
+    arrived, go = threading.Event(), threading.Event()
+    store, claims = capsules(lambda asked: asked.digest, budget_bytes=10)
+    take = store._tier.take
+
+    def slow(digest: str, size_bytes: int, make: Callable[[], Any], **how: Any) -> Any:
+        def made() -> Any:
+            arrived.set()
+            assert go.wait(30)
+            return make()
+
+        return take(digest, size_bytes, made if digest == "slow" else make, **how)
+
+    store._tier.take = slow  # type: ignore[method-assign]
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(store.get, version("slow"))
+        assert arrived.wait(30)
+        assert store.get(version("quick")) == "quick"
+        assert claims.held == {"slow"}
+        go.set()
+        coming.result(30)
+    assert store.digests == ["slow"]
+    assert claims.held == {"slow"}
 
 
 def test_a_fetch_that_fails_is_tried_again() -> None:

@@ -56,15 +56,16 @@ def test_an_engine_and_its_tiers_are_exposed() -> None:
     engine = EngineMetrics(
         waiting=2, running=3, pending_sample_steps=40, completed=7, partial=1, cancelled=0,
         failed=0, refused=6, sample_steps=500, steps=60, sample_steps_per_s=70.0, cost_drift=1.25,
-        swaps=12, tiers={"device": tier},
+        swaps=12, programs=2, tiers={"device": tier},
     )  # fmt: skip
     metrics = Metrics()
-    metrics.watch_engine(lambda: engine, lambda: TierMetrics(9, 8, 7, 6, 5, 4, 3))
+    metrics.watch_engine(lambda: engine, lambda: {"host": TierMetrics(9, 8, 7, 6, 5, 4, 3)})
     text = metrics.exposition().decode()
     for line in (
         "realfill_lane_waiting 2.0",
         "realfill_lane_cost_drift 1.25",
         "realfill_lane_sample_steps_total 500.0",
+        "realfill_lane_programs_total 2.0",
         'realfill_jobs_total{outcome="refused"} 6.0',
         'realfill_adapters_held_bytes{tier="device"} 80.0',
         'realfill_adapters_held_bytes{tier="host"} 8.0',

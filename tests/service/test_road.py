@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -20,10 +19,10 @@ from realfill.complete.seam import Seam
 from realfill.errors import AdapterMismatch, InvalidCapsule
 from realfill.rank import Features, loftr, with_features
 from realfill.rank.matchers import load_matcher
+from registry import Registry
 from registry.errors import CorruptObject, NotFound, SignatureRefused
 from registry.signing import Guard, Policy, sign
 from service.answer import Plan
-from service.engine import Engine
 from service.errors import Cancelled
 from service.road import Road
 from tests.fakes import GreyEngine, LightMatcher, hole, photo, road_of
@@ -44,16 +43,6 @@ def road(base: Base, tower: bytes, tmp_path: Path) -> Road:
     road = road_of(base, tmp_path)
     road.registry.publish(tower)
     return road
-
-
-@pytest.fixture
-def real(tower: bytes, tmp_path: Path) -> Iterator[Road]:
-    base = tiny_base()
-    road = road_of(base, tmp_path, Engine(base))
-    road.registry.publish(tower)
-    road.start()
-    yield road
-    road.close()
 
 
 @pytest.fixture
@@ -282,29 +271,17 @@ def test_work_that_nobody_waits_for_does_not_begin(road: Road, image: Tensor, ma
     assert road.engine.jobs == []
 
 
-def test_the_real_engine_gives_a_seed_the_same_picture_again(
-    real: Road, image: Tensor, mask: Tensor
-) -> None:
-    """Digest and seed determine the picture, and another seed another one."""
-    first = real.complete("tower", image, mask, PLAN)
-    again = real.complete("tower", image, mask, PLAN)
-    place = {candidate.seed: k for k, candidate in enumerate(first.candidates)}
-    assert [c.seed for c in again.candidates] == [c.seed for c in first.candidates]
-    assert torch.equal(first.picture(place[1]), again.picture(place[1]))
-    assert not torch.equal(first.picture(place[1]), first.picture(place[2]))
-
-
-def test_the_real_engine_answers_each_scene_with_its_own_adapter(
-    real: Road, image: Tensor, mask: Tensor
-) -> None:
-    """A, B, A: the first and the third are equal, the second is not."""
-    real.registry.publish(tiny_capsule(real.base, "bridge", seed=2))
-    plan = Plan(seeds=(5,), steps=2, sampler="ddim", feather_px=2)
-    pictures = [
-        real.complete(name, image, mask, plan).picture(0) for name in ("tower", "bridge", "tower")
-    ]
-    assert torch.equal(pictures[0], pictures[2])
-    assert not torch.equal(pictures[0], pictures[1])
+def test_the_registrys_cache_is_a_tier(base: Base, tower: bytes, tmp_path: Path) -> None:
+    """Beside the capsules in memory, where there is one."""
+    plain = road_of(base, tmp_path)
+    plain.registry.publish(tower)
+    assert set(plain.tiers()) == {"host"}
+    cached = Registry.open(tmp_path / "registry", cache=tmp_path / "cache")
+    road = Road(base, cached, GreyEngine(), None)
+    road.look_up("tower")
+    disk, host = road.tiers()["disk"], road.tiers()["host"]
+    assert (disk.entries, disk.misses, disk.hits) == (1, 1, 0)
+    assert disk.held_bytes == host.held_bytes == len(tower)
 
 
 def test_an_unsigned_capsule_is_refused_where_signatures_are_required(
@@ -343,43 +320,3 @@ def test_features_that_the_capsule_keeps_are_not_made_again(base: Base, tmp_path
     assert from_capsule.sizes == anew.sizes == ((32, 48), (32, 48))
     assert road_of(base, tmp_path / "other", matcher=other).prepare(kept) is not None
     assert made == [1, 1]
-
-
-@pytest.mark.gpu
-def test_adapters_wait_for_a_cuda_device_in_page_locked_memory(
-    tower: bytes, tmp_path: Path
-) -> None:
-    """All factors, with the values that the registry has."""
-    base = tiny_base()
-    base.unet.to("cuda")
-    road = road_of(base, tmp_path)
-    version = road.registry.publish(tower)
-    held = road.capsules.get(version).capsule.adapter
-    assert all(factor.is_pinned() for factors in held.factors.values() for factor in factors)
-    written = read_capsule(tower, base).adapter
-    assert all(torch.equal(held.factors[path][1], b) for path, (_, b) in written.factors.items())
-
-
-@pytest.mark.gpu
-def test_samples_of_a_cuda_device_are_finished_there_as_elsewhere(
-    base: Base, tower: bytes, tmp_path: Path, image: Tensor, mask: Tensor
-) -> None:
-    """Seam, composite and ranking; pictures and verdicts then are the CPU's."""
-    road = road_of(base, tmp_path, matcher=load_matcher("torch:nano", device="cuda"))
-    road.registry.publish(tower)
-    plan = replace(PLAN, seamless=True)
-    answers = []
-    for device in ("cpu", "cuda"):
-        pending = road.begin(
-            road.look_up("tower"), image, road.look_at(mask, plan), plan, threading.Event()
-        )
-        sampled = pending.future.result()
-        sampled = replace(sampled, samples=sampled.samples.to(device))
-        answers.append(road.finish(pending, sampled))
-    here, there = ({c.seed: (c, answer.picture(k)) for k, c in enumerate(answer.candidates)}
-                   for answer in answers)  # fmt: skip
-    assert here.keys() == there.keys() == set(PLAN.seeds)
-    for seed, (candidate, picture) in here.items():
-        assert there[seed][0].score == pytest.approx(candidate.score, abs=2)
-        assert (there[seed][1].int() - picture.int()).abs().max() <= 1
-    assert answers[1].evidence(0) is not None

@@ -84,7 +84,7 @@ def test_a_deadline_before_the_first_candidate_is_an_error(base: Base) -> None:
 
 def test_a_promise_that_cannot_be_kept_is_refused(base: Base) -> None:
     """Too short for one candidate: an error. Too much work before it: come back later, and when."""
-    with Engine(base, max_samples=1) as engine:
+    with Engine(base, max_samples=1, max_running=1) as engine:
         blocker = Blocker(base, seeds=(1,), steps=11)
         blocker.submit(engine)
         engine.cost.calibrate([1], lambda size: 1.0, lambda: 0.0)
@@ -94,11 +94,78 @@ def test_a_promise_that_cannot_be_kept_is_refused(base: Base) -> None:
             engine.submit(job_for(base, seeds=(1,), steps=2, deadline=soon + 1.5))
         with pytest.raises(QueueFull, match="of work before this job") as refusal:
             engine.submit(job_for(base, seeds=(1,), steps=2, deadline=soon + 5 * drift))
-        # Ten steps are before it, it needs two, and has time for five.
+        # It does not begin before ten steps are made, needs two, and has time for five.
         assert refusal.value.retry_after_s == pytest.approx(7 * drift, rel=0.1)
         fits = engine.submit(job_for(base, seeds=(1,), steps=2, deadline=soon + 1000 * drift))
         blocker.release.set()
         assert fits.result(WAIT_S).seeds == (1,)
+
+
+def test_work_that_can_wait_refuses_nobody(base: Base) -> None:
+    """A job with a deadline is in the next batches of who has none, and goes first if it has to."""
+    with Engine(base) as engine:
+        patient = Blocker(base, seeds=tuple(range(16)), steps=900)
+        long = patient.submit(engine)
+        engine.cost.calibrate([1, 16], lambda size: 0.05 / engine.cost.drift, lambda: 0.0)
+        backlog = engine.backlog_s()
+        assert backlog is not None
+        assert backlog > 40
+        soon = time.monotonic()
+        hasty = engine.submit(job_for(base, seeds=(1, 2), steps=4, deadline=soon + 2))
+        patient.release.set()
+        sampled = hasty.result(WAIT_S)
+        assert not long.done()
+        patient.job.cancel.set()
+    assert sampled.seeds == (1, 2)
+    assert not sampled.partial
+
+
+def test_a_batch_with_others_takes_as_long_as_a_full_one(base: Base) -> None:
+    """Two samples beside fourteen of those who can wait: by steps of sixteen, not of two."""
+    with Engine(base) as engine:
+        patient = Blocker(base, seeds=tuple(range(14)), steps=900)
+        patient.submit(engine)
+        engine.cost.calibrate([2, 16], lambda size: size / 2 / engine.cost.drift, lambda: 0.0)
+        soon = time.monotonic()
+        hasty = job_for(base, seeds=(1, 2), steps=2, deadline=soon + 12)
+        with pytest.raises(QueueFull) as refusal:
+            engine.submit(hasty)
+        # On an idle lane it would take two seconds.
+        assert refusal.value.retry_after_s == pytest.approx(4, abs=1)
+        engine.submit(replace(hasty, deadline=soon + 20))
+        patient.job.cancel.set()
+        patient.release.set()
+
+
+def test_a_promise_to_others_is_kept(base: Base) -> None:
+    """Who comes with an earlier deadline goes first, unless one that was promised would be late."""
+    with Engine(base, max_samples=1) as engine:
+        blocker = Blocker(base, seeds=(1,), steps=3, deadline=time.monotonic() + 1000)
+        blocker.submit(engine)
+        engine.cost.calibrate([1], lambda size: 1.0 / engine.cost.drift, lambda: 0.0)
+        soon = time.monotonic()
+        engine.submit(job_for(base, seeds=(1,), steps=20, deadline=soon + 25))
+        with pytest.raises(QueueFull, match="promised others") as refusal:
+            engine.submit(job_for(base, seeds=(1,), steps=8, deadline=soon + 15))
+        assert refusal.value.retry_after_s == pytest.approx(3, abs=0.5)
+        engine.submit(job_for(base, seeds=(1,), steps=4, deadline=soon + 15))
+        # Twenty steps and four are before it.
+        with pytest.raises(QueueFull, match=r"24 s of work before this job"):
+            engine.submit(job_for(base, seeds=(1,), steps=8, deadline=soon + 30))
+        for task in [*engine._board.running, *engine._board.waiting]:
+            task.job.cancel.set()
+        blocker.release.set()
+
+
+def test_who_is_late_anyway_holds_up_nobody(base: Base) -> None:
+    """A job that asked for more than its deadline leaves time for is no promise that is broken."""
+    with Engine(base, max_samples=1) as engine:
+        blocker = Blocker(base, seeds=(1,), steps=100, deadline=time.monotonic() + 60)
+        blocker.submit(engine)
+        engine.cost.calibrate([1], lambda size: 1.0 / engine.cost.drift, lambda: 0.0)
+        hasty = engine.submit(job_for(base, seeds=(1,), steps=2, deadline=time.monotonic() + 20))
+        blocker.release.set()
+        assert hasty.result(WAIT_S).seeds == (1,)
 
 
 def test_a_job_that_waits_past_its_deadline_is_told(base: Base) -> None:

@@ -83,6 +83,24 @@ def test_concurrent_scenes_each_get_their_own_answer(base: Base) -> None:
     assert not torch.equal(alone["a"].samples, alone["b"].samples)
 
 
+def test_nothing_is_traced_after_the_start(base: Base) -> None:
+    """Whoever comes, alone or together, in whatever number: no batch waits for its program."""
+    adapters = {"a": tiny_adapter(base, 1), "b": tiny_adapter(base, 2, rank=5), None: None}
+    with Engine(base) as engine:
+        traced = engine.metrics().programs
+        for count in (1, 3, 16):
+            jobs = [
+                job_for(base, digest=digest, adapter=adapter, seeds=tuple(range(count)))
+                for digest, adapter in adapters.items()
+            ]
+            for job in jobs:
+                engine.submit(job).result(WAIT_S)
+            for future in [engine.submit(job) for job in jobs]:
+                future.result(WAIT_S)
+        assert engine.metrics().swaps > 9
+        assert engine.metrics().programs == traced > 0
+
+
 def test_full_queue_refuses_with_the_time_until_there_is_room(base: Base) -> None:
     """The promise is the backlog, divided by the jobs that have to leave one after the other."""
     with Engine(base, max_queue=1, max_running=1) as engine:

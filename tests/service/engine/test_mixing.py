@@ -9,14 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from realfill.adapter import Adapter
 from realfill.base import Base
-from realfill.capsule import Adapter
 from realfill.errors import AdapterMismatch, InvalidCapsule
 from service.engine.job import Job
 from service.engine.runner import Application, Runner
 from service.engine.sample import Sample
 from service.engine.segmented import LowRankLayer
-from service.engine.slots import padded
 from service.engine.weights import Part, SpoiltWeights, divided
 from tests.products import PRODUCTS
 from tests.tiny import tiny_adapter, tiny_base
@@ -175,9 +174,12 @@ def test_names_that_contain_each_other_stay_apart(base: Base, application: Appli
     runner = runner_of(base, application)
     before = drawn(runner, [job_for(base, "scene10", 10)])[0]
     drawn(runner, [job_for(base, "scene1", 1)])
-    runner.weights.give_back("scene1")
-    runner.weights.forget("scene1")
-    assert runner.weights.traces() >= {"scene10"}
+    for digest in ("scene1", "scene10"):
+        # No pin keeps it.
+        runner.weights.give_back(digest)
+    assert runner.weights.forget("scene1")
+    runner.weights.settle()
+    assert runner.weights.traces() == {"scene10"}
     assert torch.equal(drawn(runner, [job_for(base, "scene10", 10)])[0], before)
 
 
@@ -209,7 +211,50 @@ def test_adapters_of_different_ranks_share_a_batch(base: Base, application: Appl
     alone = [drawn(runner, [job])[0] for job in jobs]
     for one, other in zip(drawn(runner, jobs), alone, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=2e-4)
-    assert [padded(rank) for rank in ranks.values()] == [16, 16, 32]
+
+
+def test_an_adapter_takes_a_slot_of_its_rank_and_no_wider(base: Base) -> None:
+    """To the next 16: where all were padded to the largest that there may be, few would fit."""
+    held = {}
+    for rank in (3, 16, 20, 128):
+        runner = runner_of(base, "segmented")
+        drawn(runner, [job_for(base, "it", 1, adapter=tiny_adapter(base, 1, rank=rank))])
+        held[rank] = runner.weights.tiers()["device"].held_bytes
+        runner.release()
+    assert held[3] == held[16]
+    assert held[20] == 2 * held[16]
+    assert held[128] == 8 * held[16]
+
+
+def test_a_batch_multiplies_by_the_ranks_that_are_in_it(base: Base) -> None:
+    """Two scenes of one class add one term of its rank; a third of another adds one more."""
+    runner = runner_of(base, "segmented")
+    ranks = {"three": 3, "sixteen": 16, "twenty": 20}
+    jobs = [
+        job_for(base, name, k, adapter=tiny_adapter(base, k, rank=rank, scale=MILD))
+        for k, (name, rank) in enumerate(ranks.items())
+    ]
+    drawn(runner, jobs[:2])
+    assert runner.weights.mode == (16,)
+    drawn(runner, jobs)
+    assert runner.weights.mode == (16, 32)
+
+
+@pytest.mark.parametrize("application", WAYS)
+def test_another_scenes_weights_are_not_drawn_with(base: Base, application: Application) -> None:
+    """What lies under a scene's name tells whose it is, alone and among others."""
+    runner = runner_of(base, application)
+    jobs = [job_for(base, "a", 1), job_for(base, "b", 2)]
+    drawn(runner, jobs)
+    weights: Any = runner.weights
+    tier = weights._tier if application == "fused" else weights._class_of["a"].tier
+    tier._entries["a"].value = tier._entries["b"].value
+    for together in (jobs, jobs[:1]):
+        with pytest.raises(SpoiltWeights, match="hold adapter b where a was asked for"):
+            drawn(runner, together)
+    sample = begun(runner, jobs[1])[:1]
+    runner.step(sample)
+    assert sample[0].drawn_with == "b"
 
 
 def test_layers_and_terms_in_one_operation_draw_the_same(base: Base) -> None:

@@ -16,8 +16,8 @@ from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
 
 from benchmarks.engine.swaps import peft_state
+from realfill.adapter import Adapter
 from realfill.base import Base
-from realfill.capsule import Adapter
 from realfill.errors import AdapterMismatch, InvalidCapsule
 from service.engine import Swapper
 from tests.tiny import tiny_adapter, tiny_base

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kernels.merge_lora import prepared_merge
 from realfill.adapt.lora import factors_in, parameters_of, read_out
-from realfill.capsule import Adapter
+from realfill.adapter import Adapter
 from realfill.config import preset
 from realfill.errors import AdapterMismatch, InvalidCapsule
 from service.engine.swap import Swapper
