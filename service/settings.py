@@ -13,7 +13,7 @@ from service.errors import InvalidSettings
 
 PREFIX = "REALFILL_"
 
-SamplerName = Literal["ddpm", "ddim", "ddim-quadratic", "dpm++2m"]
+SamplerName = Literal["ddpm", "ddim", "ddim-quadratic", "dpm++2m", "dpm++2m-sde"]
 Count = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0)]
 

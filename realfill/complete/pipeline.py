@@ -39,7 +39,7 @@ def complete(
         prompt: Embedding of the prompt. [77, d]
         seeds: One sample for each.
         steps: U-Net evaluations per sample; None for the base's own number.
-        sampler_name: ddpm, ddim, ddim-quadratic or dpm++2m; None for the base's own.
+        sampler_name: ddpm, ddim, ddim-quadratic, dpm++2m or dpm++2m-sde; None for the base's own.
 
     Returns:
         Decoded samples in [0, 1], not composited. [N, 3, S, S]

@@ -1,4 +1,4 @@
-"""DDPM, DDIM and DPM-Solver++(2M) as pure functions over tables, each sample at its own step.
+"""DDPM, DDIM and DPM-Solver++ as pure functions over tables, each sample at its own step.
 
 Every one of these samplers is linear in what a step knows: the latents, the prediction of the
 U-Net, the x0 predicted one step before, and fresh noise. So a sampler is a table with one row of
@@ -19,7 +19,9 @@ from torch import Tensor
 
 from realfill.errors import BaseUnavailable
 
-SamplerName = Literal["ddpm", "ddim", "ddim-quadratic", "dpm++2m"]
+SamplerName = Literal["ddpm", "ddim", "ddim-quadratic", "dpm++2m", "dpm++2m-sde"]
+# They draw noise at every step.
+STOCHASTIC = ("ddpm", "dpm++2m-sde")
 PredictionType = Literal["epsilon", "v_prediction"]
 
 # DPM-Solver++ works with log(alpha / sigma), which is infinite where the terminal SNR is zero.
@@ -32,7 +34,7 @@ class Sampler:
     """One sampler with one number of steps, ready to use.
 
     Attributes:
-        name: ddpm, ddim, ddim-quadratic or dpm++2m.
+        name: ddpm, ddim, ddim-quadratic, dpm++2m or dpm++2m-sde.
         prediction_type: What the U-Net predicts: epsilon or v_prediction.
         timesteps: What to give the U-Net at each step, falling. [S]
         coefficients: One row per step. The next latents are the sum of row[0] * latents,
@@ -158,11 +160,11 @@ def sampler(name: str, scheduler_config: Mapping[str, Any], steps: int) -> Sampl
     """Build a sampler from the configuration of the scheduler that comes with a base.
 
     Equal to the diffusers scheduler of that configuration within float32 rounding, except that x0
-    is never clipped (latents have no fixed range) and dpm++2m always uses trailing spacing, since
-    leading spacing starts few steps far from pure noise.
+    is never clipped (latents have no fixed range) and DPM-Solver++ always uses trailing spacing,
+    since leading spacing starts few steps far from pure noise.
 
     Args:
-        name: ddpm, ddim, ddim-quadratic or dpm++2m.
+        name: ddpm, ddim, ddim-quadratic, dpm++2m or dpm++2m-sde.
         scheduler_config: Read are num_train_timesteps, beta_start, beta_end, beta_schedule
             (linear or scaled_linear), trained_betas, rescale_betas_zero_snr, prediction_type,
             timestep_spacing (leading or trailing), steps_offset and set_alpha_to_one.
@@ -202,13 +204,13 @@ def sampler(name: str, scheduler_config: Mapping[str, Any], steps: int) -> Sampl
         after_last = _ddim_last_alpha_bar(scheduler_config, alpha_bars)
         rows = _ddim_rows(alpha_bars, timesteps, following, prediction_type, after_last)
     else:
-        rows = _dpm_rows(alpha_bars, timesteps, prediction_type)
+        rows = _dpm_rows(alpha_bars, timesteps, prediction_type, sde=name == "dpm++2m-sde")
     return Sampler(
         name=name,  # type: ignore[arg-type]  # checked against the literal above
         prediction_type=prediction_type,
         timesteps=torch.tensor(timesteps, dtype=torch.long),
         coefficients=torch.tensor(rows, dtype=torch.float64).float(),
-        stochastic=name == "ddpm",
+        stochastic=name in STOCHASTIC,
     )
 
 
@@ -254,7 +256,7 @@ def _timesteps(name: str, config: Mapping[str, Any], train_steps: int, steps: in
         squares = [((k + 1) / steps) ** 2 * train_steps for k in range(steps)]
         # Rounded half up; where squares lie closer than timesteps, one timestep after the other.
         return [max(math.floor(square + 0.5) - 1, k) for k, square in enumerate(squares)][::-1]
-    spacing = "trailing" if name == "dpm++2m" else config.get("timestep_spacing", "leading")
+    spacing = "trailing" if name.startswith("dpm++") else config.get("timestep_spacing", "leading")
     if spacing == "leading":
         stride = train_steps // steps
         offset = int(config.get("steps_offset", 0))
@@ -331,9 +333,12 @@ def _ddim_rows(
 
 
 def _dpm_rows(
-    alpha_bars: Tensor, timesteps: list[int], prediction_type: str
+    alpha_bars: Tensor, timesteps: list[int], prediction_type: str, *, sde: bool
 ) -> list[tuple[float, ...]]:
-    """DPM-Solver++(2M), midpoint form; the first and the last step are of first order."""
+    """DPM-Solver++(2M), midpoint form; the first and the last step are of first order.
+
+    As an SDE it forgets the latents twice as fast, and noise makes up for what is missing.
+    """
     bars = [max(float(alpha_bars[timestep]), SMALLEST_ALPHA_BAR) for timestep in timesteps]
     # Half the log of the signal-to-noise ratio, the time in which the solver is exact.
     times = [0.5 * math.log(bar / (1.0 - bar)) for bar in bars]
@@ -344,10 +349,11 @@ def _dpm_rows(
             rows.append((a, b, 0.0, 0.0, a, b))
             continue
         h = times[i + 1] - times[i]
-        of_latents = math.sqrt((1.0 - bars[i + 1]) / (1.0 - bar))
-        of_x0 = -math.sqrt(bars[i + 1]) * math.expm1(-h)
+        of_latents = math.sqrt((1.0 - bars[i + 1]) / (1.0 - bar)) * (math.exp(-h) if sde else 1.0)
+        of_x0 = -math.sqrt(bars[i + 1]) * math.expm1(-2 * h if sde else -h)
+        of_noise = math.sqrt((1.0 - bars[i + 1]) * -math.expm1(-2 * h)) if sde else 0.0
         # Extrapolate x0 along the line through this step's and the last one's.
         slope = 0.0 if i == 0 else 0.5 * h / (times[i] - times[i - 1])
         mixed = of_x0 * (1.0 + slope)
-        rows.append((of_latents + mixed * a, mixed * b, -of_x0 * slope, 0.0, a, b))
+        rows.append((of_latents + mixed * a, mixed * b, -of_x0 * slope, of_noise, a, b))
     return rows

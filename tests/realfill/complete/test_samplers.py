@@ -45,7 +45,10 @@ def diffusers_scheduler(name: str, config: dict[str, Any], steps: int) -> Any:
         scheduler = DDIMScheduler.from_config(config)
     else:
         scheduler = DPMSolverMultistepScheduler.from_config(
-            config, solver_order=2, algorithm_type="dpmsolver++", timestep_spacing="trailing"
+            config,
+            solver_order=2,
+            algorithm_type="sde-dpmsolver++" if name.endswith("sde") else "dpmsolver++",
+            timestep_spacing="trailing",
         )
     scheduler.set_timesteps(steps)
     return scheduler
@@ -60,7 +63,8 @@ def diffusers_trajectory(
     def ours(shape: Any, **_: Any) -> Tensor:
         return noise_for(seed, next(draws), shape[1:]).unsqueeze(0)
 
-    monkeypatch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", ours)
+    for scheduling in ("scheduling_ddpm", "scheduling_dpmsolver_multistep"):
+        monkeypatch.setattr(f"diffusers.schedulers.{scheduling}.randn_tensor", ours)
     latents = noise_for(seed, 0, SHAPE).unsqueeze(0)
     trajectory = []
     for timestep in scheduler.timesteps:
@@ -85,7 +89,7 @@ def our_trajectory(ours: Sampler, seed: int) -> list[Tensor]:
 
 @pytest.mark.parametrize("steps", [1, 2, 7, 20, 50, 200])
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
-@pytest.mark.parametrize("name", ["ddpm", "ddim", "dpm++2m"])
+@pytest.mark.parametrize("name", ["ddpm", "ddim", "dpm++2m", "dpm++2m-sde"])
 def test_trajectory_equals_diffusers(
     name: str, config: dict[str, Any], steps: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -132,7 +136,7 @@ def test_quadratic_ddim_goes_from_one_timestep_to_the_next(config: dict[str, Any
         assert float((our_point - latents).abs().max()) <= 1e-5 * float(latents.abs().max())
 
 
-@pytest.mark.parametrize("name", ["ddpm", "ddim", "ddim-quadratic", "dpm++2m"])
+@pytest.mark.parametrize("name", ["ddpm", "ddim", "ddim-quadratic", "dpm++2m", "dpm++2m-sde"])
 @pytest.mark.parametrize("config", [SD2, NANO], ids=["eps", "v zero-snr"])
 def test_samples_at_different_steps_are_bit_equal_to_samples_alone(
     name: str, config: dict[str, Any]
@@ -176,7 +180,7 @@ def test_rows_of_different_samplers_share_one_batch() -> None:
     assert torch.equal(mixed, torch.cat([first, second]))
 
 
-@pytest.mark.parametrize("name", ["ddpm", "ddim", "dpm++2m"])
+@pytest.mark.parametrize("name", ["ddpm", "ddim", "dpm++2m", "dpm++2m-sde"])
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 def test_perfect_prediction_ends_at_x0(name: str, config: dict[str, Any]) -> None:
     """A network that knows the image ends exactly there, and says so as history."""
