@@ -26,6 +26,7 @@ from service.engine.job import Job, Sampled
 from service.engine.layers import Installed, is_exact
 from service.engine.moment import CudaMoment, HostMoment, Moment
 from service.engine.pictures import LoosePictures, Pictures, StaticPictures
+from service.engine.rehearsal import rehearse_swap
 from service.engine.sample import Conditions, Sample, note_adapters, times_and_prompts
 from service.engine.segmented import SegmentedWeights
 from service.engine.staging import pinned
@@ -170,7 +171,7 @@ class Runner:
 
     @torch.no_grad()
     def warm_up(self, ranks: Sequence[int] = ()) -> None:
-        """Run every bucket once, merged and with slots, so that nothing is captured later.
+        """Run every bucket once, merged and with slots, and swap, so that nothing is made later.
 
         Args:
             ranks: Of the adapters that are to share batches.
@@ -182,6 +183,7 @@ class Runner:
         for rank in ranks:
             mode = self.weights.reserve(rank)
             self.buckets.warm_up(mode, partial(self.weights.rehearse, mode))
+            rehearse_swap(self.weights, self.base.unet, rank)
 
     @torch.no_grad()
     def _show_sizes(self, samples: int = 1) -> None:

@@ -109,6 +109,21 @@ def test_what_leaves_a_transformer_lies_as_what_enters_it(base: Base) -> None:
         torch.testing.assert_close(kept, plain, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("application", ["segmented", "fused"])
+def test_a_swap_is_rehearsed_and_leaves_nothing(application: Application) -> None:
+    """What merges an adapter has run before the first request; the base is as it was."""
+    base = tiny_base()
+    before = {name: p.clone() for name, p in base.unet.named_parameters()}
+    runner = Runner(base, application=application, static=True)
+    writes = runner.weights.writes
+    runner.warm_up((8,))
+    assert runner.weights.writes > writes
+    assert runner.weights.tiers()["device"].misses == 1
+    assert runner.weights.traces() == set()
+    runner.release()
+    assert all(torch.equal(p, before[name]) for name, p in base.unet.named_parameters())
+
+
 @pytest.mark.gpu
 def test_nothing_is_captured_after_the_warm_up() -> None:
     """Lone jobs, mixed batches of many sizes and swaps replay what was captured at the start."""
