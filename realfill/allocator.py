@@ -6,10 +6,13 @@ import os
 import sys
 import sysconfig
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
 PRELOADED = "LD_PRELOAD"
+# Where it is set the process has begun again; what it lacks even so it cannot have.
+BEGUN = "REALFILL_BEGUN"
 # The one without a profiler first; both allocate alike.
 _NAMES = ("libtcmalloc_minimal.so.*", "libtcmalloc.so.*")
 
@@ -31,7 +34,16 @@ def tcmalloc() -> str | None:
         return None
     # Not by ctypes' find_library, which starts the linker, and a compiler where it finds nothing.
     found = (path for name in _NAMES for folder in _folders() for path in sorted(folder.glob(name)))
-    return next((str(path) for path in found), None)
+    return next((str(path) for path in found if _is_loadable(path)), None)
+
+
+def _is_loadable(path: Path) -> bool:
+    """Whether it is a library of this process's width, and its name can be given to the loader."""
+    if any(sign in str(path) for sign in " :"):
+        return False
+    with suppress(OSError), path.open("rb") as file:
+        return file.read(5) == b"\x7fELF" + (b"\x02" if sys.maxsize > 2**32 else b"\x01")
+    return False
 
 
 def _folders() -> list[Path]:
@@ -50,6 +62,10 @@ def has_tcmalloc() -> bool:
 
 
 def begin_with(variables: Mapping[str, str]) -> None:
-    """Begin this process again with these variables, unless each is set, to whatever value."""
-    if any(name not in os.environ for name in variables):
-        os.execve(sys.executable, sys.orig_argv, {**variables, **os.environ})
+    """Begin this process again with these variables, unless each is set, to whatever value.
+
+    Once at most; where it cannot, it goes on as it is.
+    """
+    if BEGUN not in os.environ and any(name not in os.environ for name in variables):
+        with suppress(OSError):
+            os.execve(sys.executable, sys.orig_argv, {**variables, **os.environ, BEGUN: "1"})

@@ -96,15 +96,17 @@ class Capsules:
     def _bring(self, version: Version) -> Loaded:
         loaded = self._load(version)
         self._leases.take(version.digest)
-        before = set(self._tier.digests())
         self._tier.take(version.digest, version.size_bytes, lambda: loaded, pin=False)
-        for digest in sorted(before - set(self._tier.digests())):
+        # Of what it pushed out, or others did meanwhile.
+        for digest in sorted(self._leases.held):
             self._give_up(digest)
         return loaded
 
     def _give_up(self, digest: str) -> None:
         """The claim on a capsule, unless it is in memory or on its way there again."""
-        self._leases.give_up(digest, unless=partial(self._is_of_use, digest))
+        # Looked at first: to give up a claim waits for the registry.
+        if digest in self._leases.held and not self._is_of_use(digest):
+            self._leases.give_up(digest, unless=partial(self._is_of_use, digest))
 
     def _is_of_use(self, digest: str) -> bool:
         with self._lock:

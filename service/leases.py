@@ -85,6 +85,11 @@ class Leases:
         """Remember that somebody asked for a capsule; waits for nothing."""
         self._asked.add(digest)
 
+    @property
+    def held(self) -> set[str]:
+        """Digests that are claimed now; waits for nothing."""
+        return set(self._held)
+
     def give_up(self, digest: str, unless: Callable[[], bool]) -> None:
         """Give up the claim on a capsule; without one, do nothing.
 

@@ -17,11 +17,11 @@ SHORTEST_RETRY_S = 0.05
 
 
 class Admission:
-    """Refuses a job rather than miss its deadline, or one that was promised before.
+    """Refuses a job rather than miss its deadline, or that of one with a later deadline.
 
-    Jobs with deadlines go first as soon as they have to (``Batcher``), so that only others with
-    deadlines stand before one that runs at once. Before one that has to wait for a place stands
-    everything.
+    Jobs with deadlines go first as soon as they have to (``Batcher``), so that before one that runs
+    at once stand only those due before it; all others share its batches, and make its steps longer.
+    Before one that has to wait for a place stands everything.
 
     Args:
         cost: Says nothing before it is calibrated; then every job is let in.
@@ -68,11 +68,7 @@ class Admission:
         if len(waiting) >= self._most_waiting:
             backlog = self.backlog_s(tasks)
             retry = FIRST_RETRY_S if backlog is None else backlog / len(tasks)
-            retry = max(retry, SHORTEST_RETRY_S)
-            return QueueFull(
-                f"{len(waiting)} jobs wait already; try again in {math.ceil(retry)} s",
-                retry_after_s=retry,
-            )
+            return _later(retry, f"{len(waiting)} jobs wait already")
         least = self._least_s(job)
         if job.deadline is None or least is None:
             return None
@@ -82,63 +78,63 @@ class Admission:
                 f"One candidate takes about {least:.2g} s and the deadline is in "
                 f"{max(left, 0):.2g} s: ask for fewer steps, or allow more time."
             )
-        # Those without deadlines are in its batches, not before it.
-        patient = [task for task in tasks if room and task.job.deadline is None]
-        later = [task for task in tasks if room and job.deadline < _due(task) < math.inf]
-        own, alone = self._own_s(job, patient), self._own_s(job, [])
-        before = self.backlog_s([task for task in tasks if task not in [*patient, *later]])
-        if own is None or alone is None or before is None:
+        earlier = [task for task in tasks if not room or _due(task) <= job.deadline]
+        beside = [task for task in tasks if task not in earlier]
+        before, behind = self.backlog_s(earlier), self.backlog_s(beside)
+        own, alone = self._takes_s(job, beside), self._takes_s(job, [])
+        if before is None or behind is None or own is None or alone is None:
             return None
+        own = min(own, behind + alone)
         if alone > left:
-            # An idle lane could not finish all of it either: waiting would not help.
-            own = left
-        late = before + own - left
-        if late > 0:
-            retry = max(late, SHORTEST_RETRY_S)
-            return QueueFull(
-                f"the lane has {before:.2g} s of work before this job, whose deadline is in "
-                f"{left:.2g} s; try again in {math.ceil(retry)} s",
-                retry_after_s=retry,
+            # An idle lane could not finish all of it either: one sample has to be finished.
+            one = self._takes_s(job, beside, 1) or 0.0
+            own = max(left, min(one, behind + alone)) if beside else left
+        if before + own > left:
+            work, where = before, "before"
+            if own > left:
+                work, where = before + behind, "before or beside"
+            return _later(
+                work + min(own, alone, left) - left,
+                f"the lane has {work:.2g} s of work {where} this job, whose deadline is in "
+                f"{left:.2g} s",
             )
-        late = self._delay_s(before, own, later)
-        if late > 0:
-            retry = max(late, SHORTEST_RETRY_S)
-            return QueueFull(
+        dated = [task for task in beside if task.job.deadline is not None]
+        free = self._free_s(job, before, dated)
+        if free > 0:
+            return _later(
+                free,
                 f"the lane has promised others what this job would need by its deadline, in "
-                f"{left:.2g} s; try again in {math.ceil(retry)} s",
-                retry_after_s=retry,
+                f"{left:.2g} s",
             )
         return None
 
     def _needs_s(self, task: Task) -> float | None:
         return self._cost.seconds_for(task.sample_steps_left, len(task.job.seeds))
 
-    def _own_s(self, job: Job, patient: Sequence[Task]) -> float | None:
-        """Seconds that a job takes with what comes after the lane, in batches with these."""
-        count = len(job.seeds)
-        beside = sum(len(task.samples) or len(task.job.seeds) for task in patient)
-        together = max(count, min(self._places, count + beside))
-        alone = self._cost.alone_s(together, job.steps, self._places)
-        if alone is None:
-            return None
-        return alone - self._cost.decoding_s(together - count) + job.after.expected_s(count)
+    def _takes_s(self, job: Job, beside: Sequence[Task], count: int | None = None) -> float | None:
+        """Seconds that a job, or so many of its samples, takes in batches with these, and after."""
+        count = count or len(job.seeds)
+        others = sum(task.unfinished for task in beside)
+        lane_s = self._cost.beside_s(count, job.steps, others, self._places)
+        return None if lane_s is None else lane_s + job.after.expected_s(count)
 
-    def _delay_s(self, before: float, own: float, tasks: Sequence[Task]) -> float:
-        """By how much, at most, others would be late that would be in time without a job.
+    def _free_s(self, job: Job, before: float, tasks: Sequence[Task]) -> float:
+        """Seconds until those are through that this job alone would make late; 0 for none.
 
         Args:
-            before: Seconds of work that goes before all of them.
-            own: Seconds that the job would take from them.
-            tasks: With later deadlines.
+            job: Due before all of them.
+            before: Seconds of work that goes before it.
+            tasks: With deadlines.
         """
-        now, late, total = time.monotonic(), 0.0, before
+        work = self._cost.seconds_for(job.sample_steps, len(job.seeds)) or 0.0
+        now, free, total = time.monotonic(), 0.0, before
         for task in sorted(tasks, key=_due):
-            left = _due(task) - now
-            needs = (self._needs_s(task) or 0.0) + task.job.after.expected_s(len(task.job.seeds))
-            if total + needs <= left:
-                late = max(late, total + needs + own - left)
-            total = _through(total, self._needs_s(task) or 0.0, left)
-        return late
+            left, needs = _due(task) - now, self._needs_s(task) or 0.0
+            ends = total + needs + task.job.after.expected_s(len(task.job.seeds))
+            total = _through(total, needs, left)
+            if ends <= left < ends + work:
+                free = total
+        return free
 
     def _least_s(self, job: Job) -> float | None:
         """Seconds in which an idle lane may well make one sample, and that be of use.
@@ -161,3 +157,9 @@ def _due(task: Task) -> float:
 def _through(total: float, needs: float, left: float) -> float:
     """Seconds until a job has left that begins after ``total``: when it is done, or is due."""
     return min(total + needs, max(total, left))
+
+
+def _later(seconds: float, why: str) -> QueueFull:
+    """A refusal that says when to come back."""
+    retry = max(seconds, SHORTEST_RETRY_S)
+    return QueueFull(f"{why}; try again in {math.ceil(retry)} s", retry_after_s=retry)

@@ -22,7 +22,8 @@ class Ready:
         scene: Digest of its adapter.
         count: How many samples.
         slack_s: Seconds between its expected end and its deadline; None without a deadline.
-        needs_s: Seconds of steps that it still needs.
+        needs_s: Seconds of steps that it still needs, being in every batch.
+        work_s: Seconds of full batches that its samples make up.
     """
 
     key: Hashable
@@ -31,6 +32,12 @@ class Ready:
     count: int
     slack_s: float | None = None
     needs_s: float = 0.0
+    work_s: float = 0.0
+
+    @property
+    def due_s(self) -> float:
+        """Seconds until it has to be through; without end where it has no deadline."""
+        return math.inf if self.slack_s is None else self.slack_s + self.needs_s
 
     @property
     def urgent(self) -> bool:
@@ -47,7 +54,8 @@ class Batcher:
     """Deficit round robin over the places of each batch.
 
     Urgent jobs go first, those with the least time to spare before the others; who is late whatever
-    is done comes behind those that can still be in time.
+    is done comes behind those that can still be in time. Urgent are also those that together with
+    all that is due before them make up more than half of what the lane can do until then.
 
     Every batch, each tenant with ready samples earns the same share of the places, divided evenly
     among its scenes; what one has no use for is divided among the others of that tenant first. A
@@ -76,7 +84,7 @@ class Batcher:
         """
         chosen: dict[Hashable, int] = {}
         left = self.places
-        urgent = [job for job in ready if job.urgent]
+        urgent = _urgent(ready)
         for job in sorted(urgent, key=lambda job: (job.hopeless, job.slack_s or 0.0)):
             taken = min(job.count, left)
             if taken:
@@ -84,7 +92,7 @@ class Batcher:
             left -= taken
         flows: dict[Flow, list[Ready]] = {}
         for job in ready:
-            if not job.urgent:
+            if job not in urgent:
                 flows.setdefault((job.tenant, job.scene), []).append(job)
         new = [flow for flow in flows if flow not in self._earned]
         self._earn(flows, left)
@@ -140,6 +148,21 @@ class Batcher:
         open_[flow] -= count
         self._earned[flow] -= count
         return count
+
+
+def _urgent(ready: Sequence[Ready]) -> list[Ready]:
+    """Jobs whose deadlines, or those of jobs due after them, leave no time for fair shares."""
+    hopeful = [job for job in ready if job.slack_s is not None and not job.hopeless]
+    hopeful.sort(key=lambda job: job.due_s)
+    total, together = 0.0, 0
+    for count, job in enumerate(hopeful, 1):
+        total += job.work_s
+        if job.due_s < 2 * total:
+            together = count
+    return [
+        *hopeful[:together],
+        *(job for job in ready if job.urgent and job not in hopeful[:together]),
+    ]
 
 
 def evenly(wanted: Mapping[Key, int], places: float) -> dict[Key, float]:

@@ -120,3 +120,17 @@ class CostModel:
             return None
         with self._lock:
             return steps * (whole * full + last) + samples * self._decode_s
+
+    def beside_s(self, samples: int, steps: int, others: int, at_once: int) -> float | None:
+        """Seconds of a job whose batches are filled up with others; None before the calibration.
+
+        Args:
+            samples: Its seeds.
+            steps: Of each.
+            others: Samples of other jobs that are there.
+            at_once: Most samples in one call.
+        """
+        full = -(-samples // at_once) * at_once
+        together = min(samples + others, full)
+        alone = self.alone_s(together, steps, at_once)
+        return None if alone is None else alone - self.decoding_s(together - samples)

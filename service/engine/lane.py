@@ -194,9 +194,10 @@ class Lane:
             return
         left = job.deadline - time.monotonic()
         at_once = self.runner.max_samples
+        others = sum(other.unfinished for other in self.board.running if other is not task)
         for count in range(len(job.seeds), 0, -1):
-            alone = self.cost.alone_s(count, job.steps, at_once)
-            fits = alone is not None and alone * PRUDENCE + job.after.expected_s(count) <= left
+            needs = self.cost.beside_s(count, job.steps, others, at_once)
+            fits = needs is not None and needs * PRUDENCE + job.after.expected_s(count) <= left
             if count == 1 or fits:
                 task.at_once = count
                 return
@@ -278,7 +279,8 @@ class Lane:
             False where none can move, and nothing was under way either.
         """
         step_s = self.cost.step_s(self.runner.max_samples)
-        ready = [task.ready(step_s) for task in self.board.running]
+        places = self.runner.max_samples
+        ready = [task.ready(step_s, places) for task in self.board.running]
         chosen = self._batcher.choose([entry for entry in ready if entry is not None])
         moving = [
             (task, task.movable()[: chosen[task]]) for task in self.board.running if task in chosen

@@ -25,7 +25,8 @@ def rehearse_swap(weights: Weights, unet: nn.Module, rank: int) -> None:
         rows, columns = weight.flatten(1).shape
         lora_A = torch.zeros(rank, columns, dtype=weight.dtype)
         factors[path] = (lora_A, torch.zeros(rows, rank, dtype=weight.dtype))
-    weights.take(NAME, Adapter(factors, scale=1.0))
+    if not weights.take(NAME, Adapter(factors, scale=1.0)):
+        return
     weights.apply([Part(NAME, 1)])
     weights.give_back(NAME)
     weights.forget(NAME)

@@ -92,16 +92,24 @@ class Task:
         unfinished = [s for s in self.samples if not s.finished]
         return [s for s in unfinished[: self.at_once] if s.index != look]
 
-    def ready(self, step_s: float | None) -> Ready | None:
+    @property
+    def unfinished(self) -> int:
+        """Samples that have a step to make; before it begins, all."""
+        if not self.samples:
+            return len(self.job.seeds)
+        return sum(not sample.finished for sample in self.samples)
+
+    def ready(self, step_s: float | None, places: int) -> Ready | None:
         """The same for the batcher; None where no sample can move.
 
         Args:
             step_s: Expected seconds of a step of a full batch.
+            places: Samples of a full batch.
         """
         movable = self.movable()
         if not movable or self.verdict is not None:
             return None
-        slack, needs = None, 0.0
+        slack, needs, work = None, 0.0, 0.0
         if self.job.deadline is not None:
             needs = (step_s or 0.0) * max(self.job.steps - s.index for s in movable)
             slack = (
@@ -110,8 +118,11 @@ class Task:
                 - needs
                 - self.job.after.expected_s(len(movable))
             )
+            # When it is due it leaves, with whatever it has.
+            work = (step_s or 0.0) * self.sample_steps_left / places
+            work = min(work, max(0.0, slack + needs))
         scene, tenant = self.job.digest, self.job.tenant
-        return Ready(self, tenant, scene, len(movable), slack_s=slack, needs_s=needs)
+        return Ready(self, tenant, scene, len(movable), slack, needs, work)
 
     @property
     def wants_look(self) -> bool:

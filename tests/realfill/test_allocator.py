@@ -14,13 +14,16 @@ from realfill import allocator
 from realfill.allocator import allocator_variables, tcmalloc
 
 ROOT = Path(__file__).parents[2]
+WIDTHS = [b"\x7fELF" + width for width in (b"\x01", b"\x02")]
+OTHERS, OURS = WIDTHS if sys.maxsize > 2**32 else WIDTHS[::-1]
 LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the loader is Linux's")
 
 
 @pytest.fixture(autouse=True)
 def nothing_set(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As a shell begins; what was found before is looked for again."""
-    monkeypatch.delenv("LD_PRELOAD", raising=False)
+    for name in ("LD_PRELOAD", "REALFILL_BEGUN"):
+        monkeypatch.delenv(name, raising=False)
     tcmalloc.cache_clear()
     yield
     tcmalloc.cache_clear()
@@ -47,13 +50,29 @@ def test_the_folders_of_the_loader_are_looked_through(
     for folder in (first, second):
         folder.mkdir()
     monkeypatch.setattr(allocator, "_folders", lambda: [tmp_path / "nowhere", first, second])
-    (first / "libtcmalloc_minimal.so").touch()
-    (first / "libtcmalloc_minimal_debug.so.4").touch()
+    for name in ("libtcmalloc_minimal.so", "libtcmalloc_minimal_debug.so.4"):
+        (first / name).write_bytes(OURS)
     assert _looked_up() is None
-    (first / "libtcmalloc.so.4.5.10").touch()
+    (first / "libtcmalloc.so.4.5.10").write_bytes(OURS)
     assert _looked_up() == str(first / "libtcmalloc.so.4.5.10")
-    (second / "libtcmalloc_minimal.so.4").touch()
+    (second / "libtcmalloc_minimal.so.4").write_bytes(OURS)
     assert _looked_up() == str(second / "libtcmalloc_minimal.so.4")
+
+
+@LINUX
+def test_what_the_loader_would_refuse_is_passed_over(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A library of another width, a text, a link to nothing, and a name that is two for it."""
+    monkeypatch.setattr(allocator, "_folders", lambda: [tmp_path, tmp_path / "a b"])
+    (tmp_path / "a b").mkdir()
+    (tmp_path / "a b" / "libtcmalloc_minimal.so.4").write_bytes(OURS)
+    (tmp_path / "libtcmalloc_minimal.so.1").write_bytes(OTHERS)
+    (tmp_path / "libtcmalloc_minimal.so.2").write_text("INPUT(-ltcmalloc)")
+    (tmp_path / "libtcmalloc_minimal.so.3").symlink_to(tmp_path / "nowhere")
+    assert _looked_up() is None
+    (tmp_path / "libtcmalloc_minimal.so.5").write_bytes(OURS)
+    assert _looked_up() == str(tmp_path / "libtcmalloc_minimal.so.5")
 
 
 @LINUX
@@ -62,7 +81,7 @@ def test_a_folder_that_the_caller_names_comes_first(
 ) -> None:
     """As the loader itself has it; an empty part of the list is no folder."""
     file = tmp_path / "libtcmalloc_minimal.so.4"
-    file.touch()
+    file.write_bytes(OURS)
     monkeypatch.setenv("LD_LIBRARY_PATH", f":{tmp_path}")
     assert _looked_up() == str(file)
 
@@ -109,6 +128,21 @@ def test_a_process_begins_again_once() -> None:
     shown = _shown(["-c", program, "one", "two"], {**os.environ, "HOME": "/kept"})
     assert shown.stdout == "libtcmalloc-of-nobody.so /kept ['one', 'two']\n"
     assert "libtcmalloc-of-nobody.so" in shown.stderr
+
+
+@LINUX
+def test_a_process_that_cannot_have_it_goes_on() -> None:
+    """Where somebody takes the variable away each time, and where there is nothing to begin."""
+    program = (
+        "import os, sys; from realfill.allocator import begin_with; os.environ.pop('ASKED', None); "
+        "begin_with({'ASKED': '1'}); print('gone on', os.environ['REALFILL_BEGUN'])"
+    )
+    assert _shown(["-c", program], os.environ).stdout == "gone on 1\n"
+    program = (
+        "import sys; from realfill.allocator import begin_with; sys.executable = '/nowhere'; "
+        "begin_with({'ASKED': '1'}); print('gone on')"
+    )
+    assert _shown(["-c", program], os.environ).stdout == "gone on\n"
 
 
 @pytest.mark.skipif(tcmalloc() is None, reason="the system has no tcmalloc")

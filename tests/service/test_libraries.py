@@ -16,7 +16,7 @@ from service.settings import load_settings
 @pytest.fixture(autouse=True)
 def nothing_set(monkeypatch: pytest.MonkeyPatch) -> None:
     """As a shell begins."""
-    for name in (*LIBRARIES, "LD_PRELOAD"):
+    for name in (*LIBRARIES, "LD_PRELOAD", "REALFILL_BEGUN"):
         monkeypatch.delenv(name, raising=False)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -135,3 +136,15 @@ def test_tenants_share_evenly_whatever_their_scenes_have_use_for() -> None:
             total[str(key)[0]] += count
     assert total["a"] == pytest.approx(2400, abs=16)
     assert total["b"] == pytest.approx(2400, abs=16)
+
+
+def test_deadlines_that_together_leave_no_time_are_urgent_before_one_alone_is() -> None:
+    """Three jobs of ten seconds due in half a minute: who can wait gets nothing of theirs."""
+    due = [Ready(k, "", str(k), 5, slack_s=21, needs_s=10, work_s=10) for k in range(3)]
+    patient = Ready("patient", "", "p", 16)
+    assert not any(job.urgent for job in due)
+    assert Batcher(16).choose([patient, *due]) == {0: 5, 1: 5, 2: 5, "patient": 1}
+    # One, or two that are due later, leave time for fair shares.
+    assert Batcher(16).choose([patient, due[0]])["patient"] == 11
+    later = [replace(job, slack_s=51) for job in due]
+    assert Batcher(16).choose([patient, *later]) == {0: 4, 1: 4, 2: 4, "patient": 4}

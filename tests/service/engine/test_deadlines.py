@@ -130,8 +130,11 @@ def test_a_batch_with_others_takes_as_long_as_a_full_one(base: Base) -> None:
         hasty = job_for(base, seeds=(1, 2), steps=2, deadline=soon + 12)
         with pytest.raises(QueueFull) as refusal:
             engine.submit(hasty)
-        # On an idle lane it would take two seconds.
-        assert refusal.value.retry_after_s == pytest.approx(4, abs=1)
+        # On an idle lane it would take two seconds, and be in time once the others are through.
+        assert refusal.value.retry_after_s == pytest.approx(14 * 899 / 2 - 10, abs=2)
+        # Nor would a single one of many be in time.
+        with pytest.raises(QueueFull):
+            engine.submit(replace(hasty, seeds=tuple(range(16))))
         engine.submit(replace(hasty, deadline=soon + 20))
         patient.job.cancel.set()
         patient.release.set()
@@ -147,7 +150,8 @@ def test_a_promise_to_others_is_kept(base: Base) -> None:
         engine.submit(job_for(base, seeds=(1,), steps=20, deadline=soon + 25))
         with pytest.raises(QueueFull, match="promised others") as refusal:
             engine.submit(job_for(base, seeds=(1,), steps=8, deadline=soon + 15))
-        assert refusal.value.retry_after_s == pytest.approx(3, abs=0.5)
+        # Once that one is through: until then both its time and its work grow less.
+        assert refusal.value.retry_after_s == pytest.approx(20, abs=0.5)
         engine.submit(job_for(base, seeds=(1,), steps=4, deadline=soon + 15))
         # Twenty steps and four are before it.
         with pytest.raises(QueueFull, match=r"24 s of work before this job"):
@@ -155,6 +159,24 @@ def test_a_promise_to_others_is_kept(base: Base) -> None:
         for task in [*engine._board.running, *engine._board.waiting]:
             task.job.cancel.set()
         blocker.release.set()
+
+
+def test_those_due_later_share_the_batches_too(base: Base) -> None:
+    """They fill up batches like those who can wait, as long as they have steps to make."""
+    with Engine(base) as engine:
+        soon = time.monotonic()
+        large = Blocker(base, seeds=tuple(range(15)), steps=100, deadline=soon + 1000)
+        large.submit(engine)
+        engine.cost.calibrate([1, 16], lambda size: size / 16 / engine.cost.drift, lambda: 0.0)
+        hasty = job_for(base, seeds=(1,), steps=20, deadline=soon + 5)
+        with pytest.raises(QueueFull, match="before or beside"):
+            engine.submit(hasty)
+        # With two steps left to it, the rest would be made without it.
+        engine._board.running[0].sample_steps_left = 30
+        engine.submit(hasty)
+        for task in [*engine._board.running, *engine._board.waiting]:
+            task.job.cancel.set()
+        large.release.set()
 
 
 def test_who_is_late_anyway_holds_up_nobody(base: Base) -> None:
