@@ -11,8 +11,9 @@ from functools import cache
 from pathlib import Path
 
 PRELOADED = "LD_PRELOAD"
-# Where it is set the process has begun again; what it lacks even so it cannot have.
-BEGUN = "REALFILL_BEGUN"
+# Where it is set the process has begun again; what it lacks even so it cannot have. Not a setting
+# of the service, which refuses those that it does not know.
+BEGUN = "TCMALLOC_WAS_ASKED_FOR"
 # The one without a profiler first; both allocate alike.
 _NAMES = ("libtcmalloc_minimal.so.*", "libtcmalloc.so.*")
 

@@ -22,7 +22,7 @@ LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the loa
 @pytest.fixture(autouse=True)
 def nothing_set(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As a shell begins; what was found before is looked for again."""
-    for name in ("LD_PRELOAD", "REALFILL_BEGUN"):
+    for name in ("LD_PRELOAD", "TCMALLOC_WAS_ASKED_FOR"):
         monkeypatch.delenv(name, raising=False)
     tcmalloc.cache_clear()
     yield
@@ -135,7 +135,7 @@ def test_a_process_that_cannot_have_it_goes_on() -> None:
     """Where somebody takes the variable away each time, and where there is nothing to begin."""
     program = (
         "import os, sys; from realfill.allocator import begin_with; os.environ.pop('ASKED', None); "
-        "begin_with({'ASKED': '1'}); print('gone on', os.environ['REALFILL_BEGUN'])"
+        "begin_with({'ASKED': '1'}); print('gone on', os.environ['TCMALLOC_WAS_ASKED_FOR'])"
     )
     assert _shown(["-c", program], os.environ).stdout == "gone on 1\n"
     program = (

@@ -16,7 +16,7 @@ from service.settings import load_settings
 @pytest.fixture(autouse=True)
 def nothing_set(monkeypatch: pytest.MonkeyPatch) -> None:
     """As a shell begins."""
-    for name in (*LIBRARIES, "LD_PRELOAD", "REALFILL_BEGUN"):
+    for name in (*LIBRARIES, "LD_PRELOAD", "TCMALLOC_WAS_ASKED_FOR"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -37,10 +37,11 @@ def test_libraries_are_set_as_they_are_in_the_image(
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the loader is Linux's")
 def test_a_process_begins_again_as_what_is_served() -> None:
-    """With the allocator and with what libraries read."""
+    """With the allocator and with what libraries read, and with no setting that it did not have."""
     program = (
-        "import os; from realfill import allocator; from service import libraries; "
+        "import os; from realfill import allocator; from service import libraries, settings; "
         "allocator.tcmalloc = lambda: 'libtcmalloc-of-nobody.so'; libraries.begin_as_served(); "
+        "settings.load_settings(); "
         "print(os.environ['LD_PRELOAD'], os.environ['GOMP_SPINCOUNT'])"
     )
     shown = subprocess.run(
