@@ -99,7 +99,8 @@ class Admission:
                 f"{left:.2g} s",
             )
         dated = [task for task in beside if task.job.deadline is not None]
-        free = self._free_s(job, before, dated)
+        work = self._cost.seconds_for(job.sample_steps, len(job.seeds)) or 0.0
+        free = self._free_s(min(work, left), before, dated)
         if free > 0:
             return _later(
                 free,
@@ -118,15 +119,14 @@ class Admission:
         lane_s = self._cost.beside_s(count, job.steps, others, self._places)
         return None if lane_s is None else lane_s + job.after.expected_s(count)
 
-    def _free_s(self, job: Job, before: float, tasks: Sequence[Task]) -> float:
-        """Seconds until those are through that this job alone would make late; 0 for none.
+    def _free_s(self, work: float, before: float, tasks: Sequence[Task]) -> float:
+        """Seconds until those are through that one job more would make late; 0 for none.
 
         Args:
-            job: Due before all of them.
+            work: Seconds of full batches that the job takes from them.
             before: Seconds of work that goes before it.
-            tasks: With deadlines.
+            tasks: With deadlines, later than its own.
         """
-        work = self._cost.seconds_for(job.sample_steps, len(job.seeds)) or 0.0
         now, free, total = time.monotonic(), 0.0, before
         for task in sorted(tasks, key=_due):
             left, needs = _due(task) - now, self._needs_s(task) or 0.0

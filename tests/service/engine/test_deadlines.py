@@ -161,6 +161,20 @@ def test_a_promise_to_others_is_kept(base: Base) -> None:
         blocker.release.set()
 
 
+def test_who_leaves_at_its_deadline_takes_no_more_than_until_then(base: Base) -> None:
+    """Three samples of two seconds, three seconds' time: who is due later loses three, not six."""
+    with Engine(base, max_samples=1) as engine:
+        soon = time.monotonic()
+        blocker = Blocker(base, seeds=(1,), steps=21, deadline=soon + 25)
+        blocker.submit(engine)
+        engine.cost.calibrate([1], lambda size: 1.0 / engine.cost.drift, lambda: 0.0)
+        soon = time.monotonic()
+        engine._board.running[0].job = replace(blocker.job, deadline=soon + 25)
+        hasty = engine.submit(job_for(base, seeds=(1, 2, 3), steps=2, deadline=soon + 3))
+        blocker.release.set()
+        assert hasty.result(WAIT_S).seeds == (1, 2, 3)
+
+
 def test_those_due_later_share_the_batches_too(base: Base) -> None:
     """They fill up batches like those who can wait, as long as they have steps to make."""
     with Engine(base) as engine:
