@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from fastapi.testclient import TestClient
+from torch import Tensor
 
 from realfill.base import Base
 from service.http import create_app
 from service.road import Lane
 from service.settings import Settings
-from tests.fakes import Serve, road_of
+from tests.fakes import Serve, hole, photo, road_of
 from tests.tiny import tiny_base, tiny_capsule
 
 
@@ -27,6 +29,18 @@ def base() -> Base:
 def capsule(base: Base) -> bytes:
     """Of the scene ``tower``."""
     return tiny_capsule(base, "tower", seed=1)
+
+
+@pytest.fixture
+def image() -> Tensor:
+    """The photograph to complete, as a road takes it. [3, H, W]"""
+    return torch.from_numpy(photo()).permute(2, 0, 1).contiguous()
+
+
+@pytest.fixture
+def mask() -> Tensor:
+    """What is missing of it. [H, W]"""
+    return torch.from_numpy(hole()) > 0
 
 
 @pytest.fixture

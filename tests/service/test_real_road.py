@@ -19,10 +19,9 @@ from service.answer import Plan
 from service.engine import Engine
 from service.road import Road
 from service.settings import Settings
-from tests.fakes import hole, photo, road_of
+from tests.fakes import road_of
 from tests.tiny import save_tiny_base, tiny_base, tiny_capsule
 
-# The fake engine's fills are told apart by their grey, which seam removal would take away.
 PLAN = Plan(seeds=(1, 2, 9), steps=2, sampler="ddim", feather_px=2, seamless=False)
 
 
@@ -39,16 +38,6 @@ def real(tower: bytes, tmp_path: Path) -> Iterator[Road]:
     road.start()
     yield road
     road.close()
-
-
-@pytest.fixture
-def image() -> Tensor:
-    return torch.from_numpy(photo()).permute(2, 0, 1).contiguous()
-
-
-@pytest.fixture
-def mask() -> Tensor:
-    return torch.from_numpy(hole()) > 0
 
 
 def test_the_real_engine_gives_a_seed_the_same_picture_again(

@@ -25,7 +25,7 @@ from registry.signing import Guard, Policy, sign
 from service.answer import Plan
 from service.errors import Cancelled
 from service.road import Road
-from tests.fakes import GreyEngine, LightMatcher, hole, photo, road_of
+from tests.fakes import GreyEngine, LightMatcher, road_of
 from tests.registry.test_signing import write_keys
 from tests.tiny import tiny_base, tiny_capsule
 
@@ -43,16 +43,6 @@ def road(base: Base, tower: bytes, tmp_path: Path) -> Road:
     road = road_of(base, tmp_path)
     road.registry.publish(tower)
     return road
-
-
-@pytest.fixture
-def image() -> Tensor:
-    return torch.from_numpy(photo()).permute(2, 0, 1).contiguous()
-
-
-@pytest.fixture
-def mask() -> Tensor:
-    return torch.from_numpy(hole()) > 0
 
 
 def test_candidates_come_best_first(road: Road, image: Tensor, mask: Tensor) -> None:
